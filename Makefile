@@ -1,0 +1,32 @@
+# One virtual environment for everything; constraints.txt pins every version.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q -c constraints.txt
+
+.PHONY: demo test lint clean
+
+# torch first and pinned: a range-only install would bring the CUDA build.
+$(VENV)/.base: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .[demo]
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e .[test]
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/python -m graphopt optimize torchvision:resnet50
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,21 @@
+"""graphopt: the optimizing compiler for trained PyTorch models.
+
+    fast = graphopt.optimize(model, (x,))
+"""
+
+from graphopt.artifact import ArtifactError as ArtifactError, load as load
+from graphopt.ir.capture import CaptureError as CaptureError
+from graphopt.ir.contracts import (
+    Algebraic as Algebraic,
+    Calibrated as Calibrated,
+    Exact as Exact,
+    Masked as Masked,
+)
+from graphopt.ir.rewrite import Rewriter as Rewriter, rewrite as rewrite
+from graphopt.module import InputError as InputError, OptimizedModule as OptimizedModule
+from graphopt.optimize import declared_inputs as declared_inputs, optimize as optimize
+from graphopt.passes.base import Pass as Pass, PassError as PassError, RewritePass as RewritePass
+from graphopt.pipeline import Pipeline as Pipeline, PipelineError as PipelineError
+from graphopt.report import Report as Report
+
+__version__ = "0.1.0"

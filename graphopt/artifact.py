@@ -1,0 +1,317 @@
+"""Saved models: a directory with a JSON graph, safetensors weights, and a manifest with their
+sha256. No pickle: loading runs no code but the ATen ops the graph names.
+
+    model/graph.json  model/weights.safetensors  model/manifest.json
+
+Writing goes to a temporary directory beside the target, which is renamed at the end: a crash leaves
+the old artifact (or none), never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from graphopt.ir.graph import Signature
+from graphopt.ir.ops.base import overload
+from graphopt.module import OptimizedModule, assemble, attach
+from graphopt.report import Report
+
+FORMAT = 1
+_FILES = ("graph.json", "weights.safetensors")
+# Python functions on symbolic sizes that a graph may call; nothing else is ever looked up.
+_FUNCTIONS: dict[str, Any] = {
+    **{f"operator.{name}": getattr(operator, name) for name in (
+        "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne",
+        "lt", "le", "gt", "ge", "and_", "or_", "not_", "abs")},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
+    **{f"torch.{name}": getattr(torch, name) for name in (
+        "sym_max", "sym_min", "sym_not", "sym_float", "sym_int", "sym_ite")},
+}  # fmt: skip
+_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+
+
+class ArtifactError(RuntimeError):
+    """A model that cannot be saved, or a file that is not an intact artifact."""
+
+
+def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
+    """Write `module` to the directory `path`, replacing an earlier artifact there.
+
+    Raises:
+        ArtifactError: if the model was captured by region, uses ops without a portable name, or if
+            `path` exists and is not an artifact.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    if target.exists() and not (target / "manifest.json").is_file():
+        raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
+    graph, tensors, report, training = dismantle(module)
+    graph["tensors"] = {name: entry[1:] for name, entry in tensors.items()}
+    graph["training"] = training
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        text = json.dumps(graph, indent=1, sort_keys=True, allow_nan=False)
+        (work / "graph.json").write_text(text)
+        save_file(
+            {name: entry[0].detach().contiguous().clone() for name, entry in tensors.items()},
+            work / "weights.safetensors",
+        )
+        manifest = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "sha256": {name: _sha256(work / name) for name in _FILES},
+            "report": report,
+        }
+        (work / "manifest.json").write_text(
+            json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
+        )
+        os.chmod(work, 0o755)
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Put `work` in the place of `target`; the old artifact survives any failure."""
+    for name in os.listdir(work):
+        with open(work / name, "rb") as file:
+            os.fsync(file.fileno())
+    if not target.exists():
+        os.rename(work, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.rename(target, old / "artifact")
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(old / "artifact", target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str]) -> OptimizedModule:
+    """Read an artifact written by `save`.
+
+    Raises:
+        ArtifactError: naming the file that is missing, truncated, altered or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source = Path(path)
+    if not source.is_dir():
+        raise ArtifactError(f"{source} is not a graphopt artifact (a directory with manifest.json)")
+    manifest = _read_json(source / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{source / 'manifest.json'}: format {manifest.get('format')!r}, expected {FORMAT}"
+        )
+    for name in _FILES:
+        file = source / name
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing")
+        if _sha256(file) != manifest.get("sha256", {}).get(name):
+            raise ArtifactError(f"{file} is truncated or altered: its sha256 is not the manifest's")
+    graph = _read_json(source / "graph.json")
+    try:
+        loaded = load_file(source / "weights.safetensors")
+        tensors = {name: (loaded[name], *entry) for name, entry in graph.pop("tensors").items()}
+        return rebuild(graph, tensors, manifest["report"], graph.pop("training"))
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ArtifactError(f"{source}: not readable as an artifact: {error!r}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is not a JSON object")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- module <-> plain data ----------------------------------------------------------------------
+
+Plain = tuple[dict[str, Any], dict[str, tuple[Any, ...]], dict[str, Any], bool]
+
+
+def dismantle(module: OptimizedModule) -> Plain:
+    """(graph as plain data, tensors with (kind, saved, requires_grad), report, training flag)."""
+    gm = module.graph_module
+    if gm is None:
+        raise ArtifactError(
+            "a model captured by region cannot be saved as one artifact; "
+            f"left out: {', '.join(module.report.capture.left_out) or 'the whole model'}"
+        )
+    tensors: dict[str, tuple[Any, ...]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    transient = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, child in module.named_modules(remove_duplicate=False)
+        for name in child._non_persistent_buffers_set
+    }
+    named = [(name, one, "parameter") for name, one in module.named_parameters(remove_duplicate=False)]
+    named += [(name, one, "buffer") for name, one in module.named_buffers(remove_duplicate=False)]
+    for name, tensor, kind in named:
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        tensors[name] = (tensor, kind, name not in transient, tensor.requires_grad)
+    signature: Signature = module._signature
+    nodes = []
+    for node in gm.graph.nodes:
+        nodes.append({
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node),
+            "args": _encode(node.args),
+            "kwargs": _encode(node.kwargs),
+            **{key: _encode(node.meta[key]) for key in ("where", "made_by", "type")
+               if key in node.meta},
+        })  # fmt: skip
+    try:
+        specs = [pytree.treespec_dumps(one) for one in (signature.in_spec, signature.out_spec)]
+        inputs = [_encode(one) for one in signature.inputs]
+    except (NotImplementedError, TypeError, KeyError) as error:
+        raise ArtifactError(f"the structure of inputs or outputs cannot be saved: {error}") from error
+    graph = {
+        "nodes": nodes, "in_spec": specs[0], "out_spec": specs[1], "inputs": inputs,
+        "parameters": _encode(signature.parameters), "names": list(signature.names),
+        "aliases": aliases, "backend": module.report.backend,
+    }  # fmt: skip
+    return graph, tensors, module.report.to_dict(), module.training
+
+
+def rebuild(
+    graph: dict[str, Any], tensors: dict[str, tuple[Any, ...]], report: dict[str, Any], training: bool
+) -> OptimizedModule:
+    """The inverse of `dismantle`."""
+    from graphopt.backends.base import find
+
+    code = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in graph["nodes"]:
+        args = _decode(entry["args"], nodes)
+        kwargs = _decode(entry["kwargs"], nodes)
+        target = _target(entry["op"], entry["target"])
+        node = code.create_node(entry["op"], target, args, kwargs, name=entry["name"])
+        node.meta = {
+            key: _decode(entry[key], nodes) for key in ("where", "made_by", "type") if key in entry
+        }
+        nodes[entry["name"]] = node
+    try:
+        specs = [pytree.treespec_loads(graph[key]) for key in ("in_spec", "out_spec")]
+    except Exception as error:
+        raise ArtifactError(
+            f"the saved model uses a structure that is not registered here ({error}); import the "
+            "library that defines it first"
+        ) from error
+    signature = Signature(
+        specs[0], specs[1], tuple(_decode(one, nodes) for one in graph["inputs"]),
+        tuple(map(tuple, _decode(graph["parameters"], nodes))), tuple(graph["names"]),
+    )  # fmt: skip
+    states = {}
+    for name, (tensor, kind, saved, grad) in tensors.items():
+        if kind == "parameter" and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=grad)
+        states[name] = (tensor, kind, saved)
+    root = nn.Module()
+    for name, state in states.items():
+        attach(root, name, *state)
+    inner = assemble(root, code, signature, states, graph["aliases"])
+    result = Report.from_dict(report)
+    module = OptimizedModule(inner, signature, result, find(graph["backend"]).lower_again(result))
+    module.training = training
+    return module
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name) + "." + (node.target._schema.overload_name or "default")
+    name = _NAMES.get(node.target)
+    if name is None:
+        raise ArtifactError(f"{node.name}: {node.target} has no portable name")
+    return name
+
+
+def _target(kind: str, name: str) -> Any:
+    if kind != "call_function":
+        return name
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    found = overload(name) if "::" in name else None
+    if found is None:
+        raise ArtifactError(f"unknown op {name}; is the library that defines it imported?")
+    return found
+
+
+_TAGGED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _encode(value: Any) -> Any:
+    """Arguments as JSON; nodes, tuples and torch's enumerations become tagged objects."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(one) for one in value]}
+    if isinstance(value, list):
+        return [_encode(one) for one in value]
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(one)] for key, one in value.items()]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, _TAGGED):
+        return {"torch": type(value).__name__, "value": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
+    raise ArtifactError(f"an argument of type {type(value).__name__} cannot be saved")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(one, nodes) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if "node" in value:
+        return nodes[value["node"]]
+    if "tuple" in value:
+        return tuple(_decode(one, nodes) for one in value["tuple"])
+    if "dict" in value:
+        return {key: _decode(one, nodes) for key, one in value["dict"]}
+    if "float" in value:
+        return float(value["float"])
+    if "slice" in value:
+        return slice(*(_decode(one, nodes) for one in value["slice"]))
+    if value.get("torch") == "device":
+        return torch.device(value["value"])
+    found = getattr(torch, value["value"], None)
+    if not isinstance(found, _TAGGED):
+        raise ArtifactError(f"unknown torch constant {value['value']!r}")
+    return found

@@ -1,0 +1,101 @@
+"""The builder: reads nodes as op views and writes op views as nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.ops import base
+from graphopt.ir.value import Value
+
+
+class Builder:
+    """Emits nodes before a given position of a graph and remembers which."""
+
+    def __init__(self, graph: Graph, before: fx.Node) -> None:
+        self.graph = graph
+        self.before = before
+        self.made: list[fx.Node] = []
+
+    def value(self, node: fx.Node) -> Value:
+        return Value(node, self)
+
+    def view(self, node: fx.Node) -> base.Op | None:
+        """The op view of a node; None for inputs, states and unknown ops."""
+        return base.view(node, self)
+
+    def state(self, name: str) -> Value:
+        """A parameter or buffer by name."""
+        return Value(self.graph.read(name), self)
+
+    def emit(self, op: base.Op, like: base.Op | None = None) -> Value:
+        """Write an op into the graph. `like` names the op whose place in the source it takes.
+
+        Raises whatever torch raises for impossible shapes or dtypes; the graph is then unchanged
+        once the rewriter rolls back.
+        """
+        target, arguments = op.build()
+        return self.call(target, arguments, like)
+
+    def call(
+        self, target: Any, arguments: dict[str, Any], like: base.Op | None = None
+    ) -> Value:
+        args, kwargs = _positional(target, arguments)
+        with self.graph.fx.inserting_before(self.before):
+            source = like.out.node if like is not None else None
+            name = source.name if source is not None else None
+            node = self.graph.fx.create_node("call_function", target, args, kwargs, name=name)
+        self.made.append(node)
+        place = source if source is not None else self.before
+        for key in ("where", "made_by"):
+            if key in place.meta:
+                node.meta[key] = place.meta[key]
+        node.meta["val"] = infer(self.graph, target, args, kwargs)
+        return Value(node, self)
+
+    def rollback(self, since: int = 0) -> None:
+        """Erase everything emitted after the first `since` nodes."""
+        for node in reversed(self.made[since:]):
+            if not node._erased:
+                self.graph.fx.erase_node(node)
+        del self.made[since:]
+
+
+def infer(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """The fake result of a call on fake arguments."""
+    args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    with graph.fake_mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _unwrap(argument: Any) -> Any:
+    if isinstance(argument, Value):
+        return argument.node
+    if isinstance(argument, (tuple, list)):
+        return [_unwrap(item) for item in argument]
+    return argument
+
+
+def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Schema order, with trailing defaults left out: the spelling the printer and users expect."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    keep = 0
+    for argument in target._schema.arguments:
+        default = argument.default_value if argument.has_default_value() else None
+        given = arguments.get(argument.name, default)
+        value = _unwrap(given)
+        at_default = argument.has_default_value() and not isinstance(value, fx.Node) and (
+            value == default or (default is None and value is None)
+        )
+        if argument.kwarg_only:
+            if not at_default:
+                kwargs[argument.name] = value
+            continue
+        args.append(value)
+        if not at_default:
+            keep = len(args)
+    return tuple(args[:keep]), kwargs

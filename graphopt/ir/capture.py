@@ -1,0 +1,382 @@
+"""Capture: from an nn.Module and example inputs to a Graph.
+
+The ladder: `torch.export` non-strict with a dynamic batch, the same with static shapes, strict
+export, export of the `torch.fx.symbolic_trace` of the module. Every rung's graph is run against the
+module before it is accepted. What no rung captures is left to `graphopt.optimize`, which then
+captures the largest submodules that do (regional capture).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from graphopt.ir.functional import Normalizer
+from graphopt.ir.graph import Graph, Signature, State, parameters_of
+from graphopt.ir.interpret import Interpreter
+
+
+class CaptureError(RuntimeError):
+    """No rung of the ladder captured the module; `attempts` maps each rung to its reason."""
+
+    def __init__(self, name: str, attempts: dict[str, str]) -> None:
+        lines = [f"cannot capture {name} as one graph:"]
+        lines += [f"  {rung}: {reason}" for rung, reason in attempts.items()]
+        super().__init__("\n".join(lines))
+        self.attempts = attempts
+
+
+@dataclasses.dataclass
+class Captured:
+    """A graph, the rung that gave it, and what the user should know about it."""
+
+    graph: Graph
+    method: str
+    notes: list[str]
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Captured:
+    """Capture `model` as it would run on `args` and `kwargs`, in its present mode.
+
+    The graph takes over the parameters and buffers of `model` (same tensors): hand in a copy if
+    the original must live on independently.
+
+    Raises:
+        CaptureError: if no rung of the ladder gives a graph that computes what the module does.
+    """
+    kwargs = dict(kwargs or {})
+    expected, deterministic = reference_run(model, args, kwargs)
+    attempts: dict[str, str] = {}
+    for name, rung in _ladder(model, args, kwargs, dynamic_shapes):
+        try:
+            with _quiet():
+                program = rung()
+            graph = from_exported(program, model, args, kwargs)
+            difference = disagreement(graph, args, kwargs, expected) if deterministic else ""
+        except Exception as error:
+            attempts[name] = first_line(error)
+            continue
+        if difference:
+            attempts[name] = f"the graph computes something else: {difference}"
+            continue
+        notes = source_notes(model)
+        if not deterministic:
+            notes.append("two runs of the model differ; the captured graph could not be compared with it")
+        return Captured(graph, name, notes)
+    raise CaptureError(type(model).__name__, attempts)
+
+
+Rung = tuple[str, Callable[[], Any]]
+
+
+def _ladder(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Iterator[Rung]:
+    def export(
+        module: nn.Module, inputs: tuple[Any, dict[str, Any]], shapes: Any, strict: bool
+    ) -> Any:
+        return torch.export.export(
+            module, inputs[0], inputs[1], dynamic_shapes=shapes, strict=strict
+        )
+
+    if dynamic_shapes is not None:
+        yield "export", lambda: export(model, (args, kwargs), dynamic_shapes, False)
+        yield "export strict", lambda: export(model, (args, kwargs), dynamic_shapes, True)
+        return
+    batched = with_dynamic_batch(args, kwargs)
+    if batched is not None:
+        yield "export", lambda: export(model, batched[:2], batched[2], False)
+    yield "export static", lambda: export(model, (args, kwargs), None, False)
+    yield "export strict", lambda: export(model, (args, kwargs), None, True)
+
+    def traced() -> Any:
+        module = fx.symbolic_trace(model)
+        module.train(model.training)
+        return export(module, (args, kwargs), None, False)
+
+    yield "symbolic trace", traced
+
+
+def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Inputs with at least two rows and their dynamic shapes, or None without a common batch.
+
+    Export specializes sizes of one, so single-row inputs are doubled for tracing.
+    """
+    tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    sizes = {one.shape[0] for one in tensors if one.ndim > 0}
+    if len(sizes) != 1 or 0 in sizes:
+        return None
+
+    def double(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1:
+            return torch.cat([leaf, leaf])
+        return leaf
+
+    args, kwargs = pytree.tree_map(double, (args, kwargs))
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
+            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    return args, kwargs, shapes
+
+
+# -- from torch.export to Graph -----------------------------------------------------------------
+
+
+def from_exported(
+    program: Any,
+    model: nn.Module | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Graph:
+    """The normal form of a `torch.export.ExportedProgram`; states are taken from `model` if given.
+
+    Raises:
+        Unsupported: if the program has control flow, or writes that normal form cannot express.
+    """
+    signature = program.graph_signature
+    states, aliases = _states(program, model)
+    fake_mode = next(
+        value.fake_mode
+        for node in program.graph.nodes
+        if hasattr(value := node.meta.get("val"), "fake_mode")
+    )
+    graph = fx.Graph()
+    normal = Normalizer(graph, fake_mode)
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    used = {
+        node.name: node for node in program.graph.nodes if node.op == "placeholder"
+    }
+    user_inputs = [node for name, node in used.items() if name not in targets]
+    for source in user_inputs:
+        normal.add_external(source, graph.placeholder(source.name))
+    reads: dict[str, fx.Node] = {}
+    for name, source in used.items():
+        if name in targets:
+            state = aliases.get(targets[name], targets[name])
+            if state not in reads:
+                reads[state] = graph.get_attr(state)
+                reads[state].meta["where"] = state.rpartition(".")[0]
+            normal.add_external(source, reads[state])
+    normal.run(program.graph_module)
+    normal.finish()
+    outputs = _outputs(program, normal)
+    graph.output(tuple(outputs))
+    result = Graph(graph, states, _signature(program, model, args, kwargs), fake_mode, aliases)
+    result.eliminate_dead_code()
+    return result
+
+
+def _states(program: Any, model: nn.Module | None) -> tuple[dict[str, State], dict[str, str]]:
+    states: dict[str, State] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    transient = set(program.graph_signature.non_persistent_buffers)
+    parameters = dict(program.named_parameters())
+    pool: list[tuple[str, Any, str]] = [
+        (name, tensor, "parameter" if name in parameters else "buffer")
+        for name, tensor in program.state_dict.items()
+    ]
+    pool += [
+        (name, tensor, "buffer" if name in transient else "constant")
+        for name, tensor in program.constants.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    if model is not None:
+        # The module's own objects, tied names included, also those the graph does not read.
+        own = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+        own += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
+        known = {name for name, _, _ in own}
+        pool = own + [item for item in pool if item[0] not in known]
+        for prefix, module in model.named_modules():
+            transient |= {
+                f"{prefix}.{name}".lstrip(".") for name in module._non_persistent_buffers_set
+            }
+    for name, tensor, kind in pool:
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        states[name] = State(tensor, kind, kind == "parameter" or name not in transient)
+    return states, aliases
+
+
+def _outputs(program: Any, normal: Normalizer) -> list[Any]:
+    signature = program.graph_signature
+    results = next(iter(reversed(program.graph.nodes))).args[0]
+    kept = []
+    for spec, result in zip(signature.output_specs, results, strict=True):
+        if spec.kind.name == "USER_OUTPUT":
+            kept.append(normal.read(result))
+        elif spec.kind.name not in ("BUFFER_MUTATION", "USER_INPUT_MUTATION"):
+            raise ValueError(f"an output of kind {spec.kind.name}")
+        elif isinstance(result, fx.Node):
+            raise ValueError("a program that was already functionalized writes to its states")
+    return kept
+
+
+def _signature(
+    program: Any, model: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> Signature:
+    example = (tuple(args), dict(kwargs or {})) if model is not None else program.example_inputs
+    paths = pytree.tree_flatten_with_path(example)[0]
+    parameters = parameters_of(model.forward) if model is not None else ()
+    leaves = tuple(None if isinstance(leaf, torch.Tensor) else leaf for _, leaf in paths)
+    spec = program.call_spec
+    names = tuple(_input_name(path, parameters) for path, _ in paths)
+    return Signature(spec.in_spec, spec.out_spec, leaves, parameters, names)
+
+
+def _input_name(path: Any, parameters: tuple[tuple[str, int, Any], ...]) -> str:
+    """`(0, 1, "k")` inside (args, kwargs) -> the name a user knows: `x["k"]`."""
+    head, index, *rest = path
+    if head.idx == 0:
+        positional = [name for name, kind, _ in parameters if kind <= 1]
+        name = positional[index.idx] if index.idx < len(positional) else f"args[{index.idx}]"
+    else:
+        name = str(index.key)
+    return name + pytree.keystr(rest)
+
+
+# -- faithful to the module ---------------------------------------------------------------------
+
+
+def clone_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf,
+        (tuple(args), dict(kwargs)),
+    )
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run a module with a fixed seed and put its buffers and the random state back afterwards."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+        for buffer, value in kept:
+            if buffer.shape == value.shape and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def reference_run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], bool]:
+    """The leaves of the module's output, and whether two runs agree bit for bit."""
+    results = []
+    for _ in range(2):
+        inputs = clone_inputs(args, kwargs)
+        with untouched(model):
+            results.append(pytree.tree_leaves(model(*inputs[0], **inputs[1])))
+    same = len(results[0]) == len(results[1]) and all(map(_identical, *results))
+    return results[0], same
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
+            torch.nan_to_num(a) if a.is_floating_point() else a,
+            torch.nan_to_num(b) if b.is_floating_point() else b,
+        )
+    return True
+
+
+def disagreement(
+    graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any]
+) -> str:
+    """How the graph's outputs differ from `expected` beyond rounding; empty if they agree."""
+    inputs = pytree.tree_leaves(clone_inputs(args, kwargs))
+    with torch.no_grad():
+        found = Interpreter(graph, writes=False).run(inputs)
+    found = [one for one in found]
+    if len(found) != len(expected):
+        return f"{len(found)} outputs, expected {len(expected)}"
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            if a is not b and a != b:
+                return f"output {index} is {a!r}, expected {b!r}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {index} is {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
+        elif not _identical(a, b):
+            # The same kernels in the same order: differences come from memory formats alone.
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            a, b = a.to(wide), b.to(wide)
+            error = float(torch.nan_to_num(a - b).norm() / b.nan_to_num().norm().clamp(min=1e-30))
+            limit = 1e3 * (torch.finfo(expected[index].dtype).eps if b.dtype == wide and
+                           expected[index].dtype.is_floating_point else 0.0)  # fmt: skip
+            if not error <= limit:
+                return f"output {index} is off by {error:.1e} (relative)"
+    return ""
+
+
+def source_notes(model: nn.Module) -> list[str]:
+    """What capture bakes into the graph and the user may want to know."""
+    notes = []
+    for name, module in model.named_modules():
+        label = name or type(model).__name__
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if hooks:
+            notes.append(
+                f"{label}: {hooks} forward hook(s) captured; what they compute is in the graph, "
+                "other side effects are not"
+            )
+        if module._backward_hooks or module._backward_pre_hooks:
+            notes.append(f"{label}: backward hooks do not run in the optimized model")
+        if "parametrizations" in module._modules:
+            weights = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+            notes.append(f"{label}: parametrized {weights} captured as computed from its sources")
+    return notes
+
+
+def copy_module(model: nn.Module) -> nn.Module:
+    """An independent copy of a module: capture and optimization work on it, never on the user's.
+
+    Raises:
+        CaptureError: if the module cannot be deep-copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        reason = f"the module cannot be deep-copied: {first_line(error)}"
+        raise CaptureError(type(model).__name__, {"copy": reason}) from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns and logs about its own internals; its errors reach the user as reasons."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx",
+               "torch.fx.experimental.symbolic_shapes", "torch._dynamo")]  # fmt: skip
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

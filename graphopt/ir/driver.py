@@ -1,0 +1,244 @@
+"""The driver: applies rewrites over a worklist and is the only one that edits a graph.
+
+Cost is linear in the graph: nodes are indexed by op, a committed match re-queues its surroundings
+only, and sweeps repeat until one of them changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from graphopt.ir.contracts import Contract
+from graphopt.ir.graph import Graph, is_pure
+from graphopt.ir.rewrite import Declined, Rewrite, RewriteError, Rewriter, article
+from graphopt.ir.value import Value
+
+MAX_SWEEPS = 20
+
+
+class DidNotConverge(RuntimeError):
+    """Rewrites keep undoing each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One thing that happened (or did not) at one place.
+
+    `error` and `bound` are absolute, at the element where their ratio is largest, in float64;
+    nan where nothing was measured.
+    """
+
+    rewrite: str
+    where: str
+    contract: str
+    reason: str = ""
+    error: float = math.nan
+    bound: float = math.nan
+    node: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the check of one site found."""
+
+    ok: bool
+    error: float = math.nan
+    bound: float = math.nan
+    reason: str = ""
+
+
+class Validator(Protocol):
+    """Checks a site before it is committed. `graphopt.verify` has the real one."""
+
+    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict: ...
+
+    def forget(self, nodes: Iterable[fx.Node]) -> None: ...
+
+
+class Session:
+    """One run of passes over one graph: commits replacements and keeps the records."""
+
+    def __init__(self, graph: Graph, validator: Validator | None = None) -> None:
+        self.graph = graph
+        self.validator = validator
+        self.applied: list[Record] = []
+        self.rolled_back: list[Record] = []
+        self.refused: dict[tuple[str, fx.Node], Record] = {}
+        self.validation_seconds = 0.0
+        self.pass_name = ""
+        self._hopeless: set[tuple[str, fx.Node]] = set()
+
+    # -- one replacement ----------------------------------------------------------------------
+
+    def replace(
+        self, rewrite: str, contract: Contract, old: fx.Node, new: fx.Node,
+        made: Sequence[fx.Node] = (),
+    ) -> bool:  # fmt: skip
+        """Check that `new` may stand for `old`; if so, commit. Returns whether it did."""
+        if (rewrite, old) in self._hopeless:
+            return False
+        where = self.graph.where(old)
+        reason = _type_difference(old, new)
+        verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
+        record = Record(
+            rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name
+        )
+        if not verdict.ok:
+            self._hopeless.add((rewrite, old))
+            self.rolled_back.append(record)
+            return False
+        for node in made:
+            node.meta["made_by"] = (self.pass_name or rewrite, rewrite, len(self.applied))
+        old.replace_all_uses_with(new)
+        self.applied.append(record)
+        return True
+
+    def _validate(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
+        if self.validator is None:
+            return Verdict(True)
+        start = time.perf_counter()
+        try:
+            return self.validator.check(old, new, contract)
+        finally:
+            self.validation_seconds += time.perf_counter() - start
+
+    def erase_dead(self, roots: Iterable[fx.Node]) -> list[fx.Node]:
+        """Erase those of `roots` that nobody reads, and what only they read. Returns the values
+        they read that remain."""
+        stack, remaining, erased = list(roots), {}, []
+        while stack:
+            node = stack.pop()
+            if node._erased or node.users or node.op != "call_function" or not is_pure(node):
+                continue
+            inputs = node.all_input_nodes
+            erased.append(node)
+            self.graph.fx.erase_node(node)
+            remaining.update(dict.fromkeys(inputs))
+            stack += inputs
+        if self.validator is not None:
+            self.validator.forget(erased)
+        for node in erased:
+            remaining.pop(node, None)
+        return list(remaining)
+
+    # -- many rewrites ------------------------------------------------------------------------
+
+    def run(self, rewrites: Sequence[Rewrite]) -> int:
+        """Apply rewrites until none fires; returns how many matches were committed.
+
+        Raises:
+            DidNotConverge: if they are still firing after a generous number of matches.
+        """
+        start = len(self.applied)
+        budget = 10 * len(self.graph.fx.nodes) + 1000
+        for _ in range(MAX_SWEEPS):
+            before = len(self.applied)
+            self._sweep(rewrites, start + budget)
+            if len(self.applied) == before:
+                return before - start
+        names = sorted({record.rewrite for record in self.applied[before:]})
+        raise DidNotConverge(f"still firing after {MAX_SWEEPS} sweeps: {', '.join(names)}")
+
+    def _sweep(self, rewrites: Sequence[Rewrite], limit: int) -> None:
+        queue = deque(node for node in self.graph.fx.nodes if node.op == "call_function")
+        queued = set(queue)
+        while queue:
+            node = queue.popleft()
+            queued.discard(node)
+            if node._erased:
+                continue
+            for one in rewrites:
+                again = self._attempt(one, node)
+                if again is None:
+                    continue
+                if len(self.applied) > limit:
+                    raise DidNotConverge(
+                        f"{one.name} fired at {self.applied[-1].where or node.name} after "
+                        f"{limit} matches; does it undo another rewrite?"
+                    )
+                for other in again:
+                    if other not in queued and not other._erased:
+                        queued.add(other)
+                        queue.append(other)
+                break
+
+    def _attempt(self, rewrite: Rewrite, node: fx.Node) -> list[fx.Node] | None:
+        """Try one rewrite at one node. None if it did not fire, else the nodes to look at again."""
+        if (rewrite.name, node) in self._hopeless:
+            return None
+        rw = Rewriter(self.graph, node)
+        op = rw.view(node)
+        if op is None or not isinstance(op, rewrite.roots):
+            return None
+        key = (rewrite.name, node)
+        try:
+            result = rewrite(op, rw)
+            if not isinstance(result, Value) or result.node is node:
+                raise RewriteError(
+                    f"rewrite {rewrite.name} returned {result!r}; expected another value "
+                    "(decline with rw.require)"
+                )
+        except Declined as declined:
+            rw.rollback()
+            if declined.near or rewrite.explain:
+                where = declined.where or self.graph.where(node)
+                self.refused[key] = Record(
+                    rewrite.name, where, str(rewrite.contract), declined.reason, node=node.name
+                )
+            return None
+        except Exception as error:
+            rw.rollback()
+            self._hopeless.add(key)
+            self.rolled_back.append(
+                Record(
+                    rewrite.name, self.graph.where(node), str(rewrite.contract),
+                    f"raised {article(type(error).__name__)}: {error}", node=node.name,
+                )
+            )  # fmt: skip
+            return None
+        self.refused.pop(key, None)
+        if not self.replace(rewrite.name, rewrite.contract, node, result.node, rw.made):
+            rw.rollback()
+            return None
+        made = list(rw.made)
+        remaining = self.erase_dead([node, *reversed(made)])
+        again = [one for one in (*made, result.node, *result.node.users) if not one._erased]
+        for value in remaining:
+            again += value.users
+        return [one for one in again if one.op == "call_function"]
+
+    def remaining_refusals(self) -> list[Record]:
+        """Refusals whose root is still in the graph."""
+        return [record for (_, node), record in self.refused.items() if not node._erased]
+
+
+def _type_difference(old: fx.Node, new: fx.Node) -> str:
+    """Why `new` cannot stand for `old` by type; empty if it can."""
+    before, after = old.meta.get("val"), new.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return ""
+    same = (
+        before.dtype == after.dtype
+        and before.device == after.device
+        and len(before.shape) == len(after.shape)
+        and all(_same_size(a, b) for a, b in zip(before.shape, after.shape, strict=True))
+    )
+    if same:
+        return ""
+    return f"changes {before.dtype} {list(before.shape)} into {after.dtype} {list(after.shape)}"
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return bool(left == right) or bool((left - right).simplify() == 0)

@@ -1,0 +1,289 @@
+"""The graph: an fx.Graph in normal form, its states, and the signature of the source model.
+
+Normal form:
+- every node is an input, a state (`get_attr`), or a call of an ATen overload (or of a Python
+  function on symbolic sizes), and computes a new value: activations are never written in place;
+- a write to a buffer or an input that the source model makes is a `copy_` at the end;
+- a node's `meta` holds `val` (fake tensor), `where` (module path in the source model) and, once a
+  pass has made it, `made_by` (pass and match index).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphopt.ir.value import Value
+
+
+class GraphError(RuntimeError):
+    """The graph is not in normal form, or cannot do what was asked of it."""
+
+
+@dataclasses.dataclass
+class State:
+    """A parameter, a buffer or a literal tensor of the model.
+
+    `exact` holds the float64 value that `tensor` is the rounding of, where a pass computed one.
+    """
+
+    tensor: torch.Tensor
+    kind: str  # "parameter", "buffer" or "constant"
+    persistent: bool = True
+    exact: torch.Tensor | None = None
+
+    @property
+    def saved(self) -> bool:
+        """Whether it belongs to the model's state_dict."""
+        return self.kind == "parameter" or (self.kind == "buffer" and self.persistent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """How the source model is called.
+
+    `parameters` are forward's parameters as (name, kind, default), `inputs` the leaf values the model
+    was captured with (None stands for a tensor), `in_spec` and `out_spec` the pytrees of
+    (args, kwargs) and of the result.
+    """
+
+    in_spec: Any
+    out_spec: Any
+    inputs: tuple[Any, ...]
+    parameters: tuple[tuple[str, int, Any], ...]
+    names: tuple[str, ...]
+
+
+REQUIRED = "<required>"
+
+
+def parameters_of(forward: Callable[..., Any]) -> tuple[tuple[str, int, Any], ...]:
+    """(name, kind, default) of a function's parameters; defaults that are not plain count as
+    required."""
+    found = []
+    for one in inspect.signature(forward).parameters.values():
+        plain = one.default is None or isinstance(one.default, (bool, int, float, str))
+        found.append((one.name, int(one.kind), one.default if plain else REQUIRED))
+    return tuple(found)
+
+
+@dataclasses.dataclass
+class Graph:
+    """See the module docstring. `fx` may be read freely; edits go through a `Rewriter`."""
+
+    fx: fx.Graph
+    states: dict[str, State]
+    signature: Signature
+    fake_mode: FakeTensorMode
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # tied name -> its twin
+
+    def __post_init__(self) -> None:
+        self._reads: dict[str, fx.Node] = {
+            str(node.target): node for node in self.fx.nodes if node.op == "get_attr"
+        }
+        self.mutated = frozenset(
+            str(argument.target)
+            for node in self.fx.nodes
+            for argument in written(node)
+            if argument.op == "get_attr"
+        )
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.fx.nodes)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.fx.nodes)))
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [node for node in self.fx.nodes if node.op == "placeholder"]
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        return [node for node in self.fx.nodes if node.op == "call_function"]
+
+    def where(self, node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return str(node.target)
+        return str(node.meta.get("where", ""))
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether a value depends on unwritten states and literals alone, without randomness."""
+        known = node.meta.get("constant")
+        if known is None:
+            if node.op == "get_attr":
+                known = str(node.target) in self.states and str(node.target) not in self.mutated
+            elif node.op == "call_function":
+                known = is_pure(node) and all(map(self.is_constant, node.all_input_nodes))
+            else:
+                known = False
+            node.meta["constant"] = known
+        return bool(known)
+
+    # -- states -------------------------------------------------------------------------------
+
+    def read(self, name: str) -> fx.Node:
+        """The one node that reads state `name`, made on first use at the head of the graph."""
+        node = self._reads.get(name)
+        if node is None or node._erased:
+            state = self.states[name]
+            with self.fx.inserting_before(self._head()):
+                node = self.fx.get_attr(name)
+            node.meta["val"] = self.fake_mode.from_tensor(state.tensor, static_shapes=True)
+            node.meta["where"] = name.rpartition(".")[0]
+            self._reads[name] = node
+        return node
+
+    def _head(self) -> fx.Node:
+        for node in self.fx.nodes:
+            if node.op not in ("placeholder", "get_attr"):
+                return node
+        raise GraphError("the graph has no output")
+
+    def add_state(self, name: str, state: State) -> fx.Node:
+        """Store a new state under `name`, or under `name_1`, ... where that is taken."""
+        free = self._free(name)
+        self.states[free] = state
+        return self.read(free)
+
+    def _free(self, name: str) -> str:
+        free, count = name, 0
+        while free in self.states or free in self.aliases or self._shadows(free):
+            count += 1
+            free = f"{name}_{count}"
+        return free
+
+    def _shadows(self, name: str) -> bool:
+        """Whether a dotted name would need a module where a tensor is, or the reverse."""
+        parts = name.split(".")
+        prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
+        return any(one in prefixes or one.startswith(name + ".") for one in self.states)
+
+    def rename_state(self, name: str, wish: str) -> str:
+        """Rename a state, to `wish` or the nearest free name. Returns the new name."""
+        state = self.states.pop(name)
+        node = self._reads.pop(name, None)
+        free = self._free(wish)
+        self.states[free] = state
+        if node is not None:
+            node.target = free
+            self._reads[free] = node
+        return free
+
+    def drop_unread_states(self) -> None:
+        """Forget every state that no node reads, and tied names of such states."""
+        read = {str(node.target) for node in self.fx.nodes if node.op == "get_attr"}
+        self.states = {name: state for name, state in self.states.items() if name in read}
+        self.aliases = {name: twin for name, twin in self.aliases.items() if twin in read}
+
+    def parameter_count(self) -> int:
+        return sum(s.tensor.numel() for s in self.states.values() if s.kind == "parameter")
+
+    # -- whole-graph edits --------------------------------------------------------------------
+
+    def eliminate_dead_code(self) -> int:
+        """Erase calls that nobody reads and that do nothing; returns how many."""
+        erased = 0
+        for node in reversed(self.fx.nodes):
+            if node.op == "call_function" and not node.users and is_pure(node):
+                self.fx.erase_node(node)
+                erased += 1
+        for node in [n for n in self.fx.nodes if n.op == "get_attr" and not n.users]:
+            self._reads.pop(str(node.target), None)
+            self.fx.erase_node(node)
+        return erased
+
+    def clone(self) -> Graph:
+        """An independent graph over the same state tensors."""
+        copy = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.fx.nodes:
+            twin = copy.node_copy(node, lambda one: mapping[one])
+            twin.meta = dict(node.meta)
+            mapping[node] = twin
+        states = {name: dataclasses.replace(state) for name, state in self.states.items()}
+        return Graph(copy, states, self.signature, self.fake_mode, dict(self.aliases))
+
+    def __str__(self) -> str:
+        from graphopt.ir.printer import text
+
+        return text(self)
+
+
+# -- facts about nodes ------------------------------------------------------------------------
+
+
+def is_overload(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_random(node: fx.Node) -> bool:
+    if not is_overload(node.target):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    # Dropout and its like draw nothing when they do not train.
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name in ("train", "training", "dropout_p"):
+        if name in names:
+            position = names.index(name)
+            default = node.target._schema.arguments[position].default_value  # type: ignore[union-attr]
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+            return bool(given)
+    return True
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory a node writes."""
+    if node.op != "call_function" or not is_overload(node.target):
+        return []
+    target: Any = node.target
+    found = []
+    for position, argument in enumerate(target._schema.arguments):
+        alias = argument.alias_info
+        if alias is not None and alias.is_write:
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            found.append(given)
+    if _updates_statistics(node):
+        found += [node.args[3], node.args[4]]
+    return [one for one in found if isinstance(one, fx.Node)]
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """aten.batch_norm and instance_norm write their running statistics, whatever the schema says."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return name in ("aten::batch_norm", "aten::instance_norm") and len(node.args) > 5 and bool(
+        node.args[5]
+    )
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether running a call has no effect but its result, which is a function of its inputs."""
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    if not is_overload(node.target):
+        module = getattr(node.target, "__module__", "")
+        return module in ("_operator", "operator", "math", "torch") or node.target is operator.getitem
+    return not is_random(node) and not written(node)
+
+
+def flat_values(items: Iterable[Any]) -> list[Value]:
+    """The values inside nested tuples of arguments."""
+    found: list[Value] = []
+    for item in items:
+        if isinstance(item, Value):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            found += flat_values(item)
+    return found

@@ -1,0 +1,182 @@
+"""Running a graph node by node, in its own dtypes or lifted to float64."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.graph import Graph, is_overload, is_random, written
+
+_LIFTED = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+
+
+def lift_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for any real floating dtype, complex128 for complex ones, others as they are."""
+    return torch.float64 if dtype.is_floating_point else _LIFTED.get(dtype, dtype)
+
+
+def lift(value: Any) -> Any:
+    """A tensor (or a list of tensors) in its lifted dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(lift_dtype(value.dtype))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(lift, value))
+    return value
+
+
+class Interpreter:
+    """Evaluates a graph on real inputs.
+
+    With `lifted`, every floating value is float64: states enter as their exact values, casts
+    between floating dtypes do nothing. With `writes=False`, writes to states and inputs are left
+    out (a training batch norm then works on copies of its statistics).
+    """
+
+    def __init__(self, graph: Graph, lifted: bool = False, writes: bool = True) -> None:
+        self.graph = graph
+        self.lifted = lifted
+        self.writes = writes
+
+    def run(self, inputs: Sequence[Any], seed: int | None = 0) -> tuple[Any, ...]:
+        """The flat outputs for flat inputs. Values are freed after their last use."""
+        if seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.run(inputs, None)
+        env: dict[fx.Node, Any] = {}
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.fx.nodes:
+            for used in node.all_input_nodes:
+                last[used] = node
+        feed = iter(inputs)
+        for node in self.graph.fx.nodes:
+            if node.op == "placeholder":
+                value = next(feed)
+                env[node] = lift(value) if self.lifted else value
+            elif node.op == "get_attr":
+                env[node] = self.state(str(node.target))
+            elif node.op == "output":
+                return tuple(fx.map_arg(node.args[0], lambda one: env[one]))
+            else:
+                env[node] = self.call(node, env)
+            for used in node.all_input_nodes:
+                if last[used] is node and used in env:
+                    del env[used]
+        raise AssertionError("a graph without an output")
+
+    def state(self, name: str) -> torch.Tensor:
+        state = self.graph.states[name]
+        if self.lifted:
+            return lift(state.tensor.detach() if state.exact is None else state.exact)  # type: ignore[no-any-return]
+        return state.tensor
+
+    def call(self, node: fx.Node, env: Any) -> Any:
+        """The value of one call, its inputs looked up in `env`."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: env[one])
+        if not self.writes and (targets := written(node)):
+            if node.target is torch.ops.aten.copy_.default:
+                return args[0]
+            copies = {one: env[one].clone() for one in targets}
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda one: copies[one] if one in copies else env[one]
+            )
+        if not self.lifted or not is_overload(node.target):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return lift(node.target(*_lift_dtypes(args), **_lift_dtypes(kwargs)))  # type: ignore[operator]
+
+
+def _lift_dtypes(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype):
+        return lift_dtype(argument)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(map(_lift_dtypes, argument))
+    if isinstance(argument, dict):
+        return {key: _lift_dtypes(value) for key, value in argument.items()}
+    return argument
+
+
+MEMORY_LIMIT = 3 << 30  # bytes of values kept; older ones are computed again when needed
+
+
+class Evaluator:
+    """Values of single nodes, computed on demand on given inputs and kept while memory lasts."""
+
+    def __init__(
+        self, graph: Graph, inputs: Sequence[Any] = (), lifted: bool = True,
+        limit: int = MEMORY_LIMIT,
+    ) -> None:  # fmt: skip
+        self.inputs = {
+            node: lift(value) if lifted else value
+            for node, value in zip(graph.inputs, inputs, strict=False)
+        }
+        self.limit = limit
+        self._interpreter = Interpreter(graph, lifted, writes=False)
+        self._kept: OrderedDict[fx.Node, Any] = OrderedDict()
+        self._bytes = 0
+
+    @torch.no_grad()
+    def evaluate(self, node: fx.Node) -> Any:
+        """The value of a node. Random ops draw from one fixed seed each."""
+        pinned: dict[fx.Node, Any] = {}
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top not in pinned:
+                found = self._known(top)
+                if found is None:
+                    missing = [one for one in top.all_input_nodes if one not in pinned]
+                    if missing:
+                        stack += missing
+                        continue
+                    found = seeded(self._interpreter, top, pinned)
+                    self.keep(top, found)
+                pinned[top] = found
+            stack.pop()
+        return pinned[node]
+
+    def _known(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.inputs[node]
+        if node.op == "get_attr":
+            return self._interpreter.state(str(node.target))
+        if node in self._kept:
+            self._kept.move_to_end(node)
+            return self._kept[node]
+        return None
+
+    def keep(self, node: fx.Node, value: Any) -> None:
+        """Remember the value of a node."""
+        self.forget([node])
+        self._kept[node] = value
+        self._bytes += _bytes(value)
+        while self._bytes > self.limit and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _bytes(oldest)
+
+    def forget(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            if node in self._kept:
+                self._bytes -= _bytes(self._kept.pop(node))
+
+
+def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:
+    """One call, with a fixed seed if it is random."""
+    if not is_random(node):
+        return interpreter.call(node, env)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return interpreter.call(node, env)
+
+
+def _bytes(value: Any) -> int:
+    leaves = value if isinstance(value, (tuple, list)) else [value]
+    return sum(one.nbytes for one in leaves if isinstance(one, torch.Tensor))
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.target is operator.getitem

@@ -1,0 +1,460 @@
+"""Elementwise arithmetic, activations, comparisons and casts."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from graphopt.ir.ops.base import Call, Op, numel, op, overload
+from graphopt.ir.value import Operand, Value
+
+
+def _size(operand: Operand, magnitude: Any) -> Any:
+    return magnitude(operand) if isinstance(operand, Value) else abs(operand)
+
+
+def _exact(operand: Operand, value: Any) -> Any:
+    return value(operand) if isinstance(operand, Value) else operand
+
+
+class Binary(Op):
+    """Two operands, tensors or numbers, with broadcasting and type promotion."""
+
+    left: Operand
+    right: Operand
+
+    @property
+    def operands(self) -> tuple[Operand, Operand]:
+        return self.left, self.right
+
+    @property
+    def flops(self) -> float:
+        return float(numel(self.out))
+
+
+class _Arithmetic(Binary):
+    """Shared reading and writing of the `.Tensor`, `.Scalar` and reversed overloads."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        left, right = call["self"], call["other"]
+        if "rsub" in str(call.target):
+            if call.arguments.get("alpha", 1) != 1:
+                return None
+            left, right = right, left
+        alpha = call.arguments.get("alpha", 1)
+        if alpha != 1 and isinstance(right, Value):
+            return None
+        if alpha != 1:
+            right = right * alpha
+        if call.arguments.get("rounding_mode") is not None:
+            return None
+        return cls(left, right, out=call.out)
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        left, right = self.left, self.right
+        if not isinstance(left, Value):
+            if self.name == "sub":
+                return overload("rsub.Scalar"), {"self": right, "other": left}
+            if self.name == "div":
+                assert isinstance(right, Value)
+                inverse = right.builder.emit(Reciprocal(right))
+                return overload("mul.Tensor"), {"self": inverse, "other": left}
+            left, right = right, left
+        return overload(f"{self.name}.Tensor"), {"self": left, "other": right}
+
+
+@op("add.Tensor", "add.Scalar")
+class Add(_Arithmetic):
+    """`left + right`."""
+
+    name = "add"
+    left: Operand
+    right: Operand
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _size(self.left, magnitude) + _size(self.right, magnitude)
+
+
+@op("sub.Tensor", "sub.Scalar", "rsub.Scalar", "rsub.Tensor")
+class Sub(_Arithmetic):
+    """`left - right`."""
+
+    name = "sub"
+    left: Operand
+    right: Operand
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _size(self.left, magnitude) + _size(self.right, magnitude)
+
+
+@op("mul.Tensor", "mul.Scalar")
+class Mul(_Arithmetic):
+    """`left * right`."""
+
+    name = "mul"
+    left: Operand
+    right: Operand
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _size(self.left, magnitude) * _size(self.right, magnitude)
+
+
+@op("div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", "true_divide.Tensor")
+class Div(_Arithmetic):
+    """`left / right`, true division."""
+
+    name = "div"
+    left: Operand
+    right: Operand
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        if not isinstance(self.right, Value):
+            return _size(self.left, magnitude) / abs(self.right)
+        divisor = value(self.right).abs()
+        # A relative error of the divisor is one of the quotient.
+        return _size(self.left, magnitude) * magnitude(self.right) / divisor**2
+
+
+@op("pow.Tensor_Scalar")
+class Pow(Op):
+    """`input ** exponent` for a number `exponent`."""
+
+    input: Value
+    exponent: float
+
+
+class Unary(Op):
+    """One tensor in, one tensor of the same shape out."""
+
+    input: Value
+
+    @property
+    def flops(self) -> float:
+        return float(numel(self.out))
+
+
+@op("neg.default")
+class Neg(Unary):
+    """`-input`."""
+
+    input: Value
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input)
+
+
+class _Power(Unary):
+    """x^-p: a relative error r of the operand becomes p r; both ops here have p <= 1."""
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        operand = value(self.input).abs()
+        return run(value).abs() * (magnitude(self.input) / operand).clamp(min=1)
+
+
+@op("rsqrt.default")
+class Rsqrt(_Power):
+    """`1 / sqrt(input)`."""
+
+    input: Value
+
+
+@op("reciprocal.default")
+class Reciprocal(_Power):
+    """`1 / input`."""
+
+    input: Value
+
+
+@op("sqrt.default")
+class Sqrt(_Power):
+    """`sqrt(input)`."""
+
+    input: Value
+
+
+class Activation(Unary):
+    """Elementwise nonlinearity. `positively_homogeneous`: f(c x) = c f(x) for every c > 0.
+
+    Each is 1-Lipschitz with f(0) = 0 where `lipschitz` says so, so rounding passes through.
+    """
+
+    positively_homogeneous: ClassVar[bool] = False
+    lipschitz: ClassVar[bool] = False
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input) if self.lipschitz else None
+
+
+@op("relu.default")
+class Relu(Activation):
+    """`max(input, 0)`."""
+
+    positively_homogeneous = True
+    lipschitz = True
+    input: Value
+
+
+@op("leaky_relu.default")
+class LeakyRelu(Activation):
+    """`input` where positive, else `negative_slope * input`."""
+
+    positively_homogeneous = True
+    input: Value
+    negative_slope: float = 0.01
+
+
+@op("prelu.default")
+class PRelu(Activation):
+    """`input` where positive, else `weight * input`, `weight` per channel or scalar."""
+
+    positively_homogeneous = True
+    input: Value
+    weight: Value
+
+
+@op("relu6.default")
+class Relu6(Activation):
+    """`min(max(input, 0), 6)`."""
+
+    lipschitz = True
+    input: Value
+
+
+@op("hardtanh.default")
+class Hardtanh(Activation):
+    """`clamp(input, min_val, max_val)` with numbers."""
+
+    input: Value
+    min_val: float = -1
+    max_val: float = 1
+
+
+@op("clamp.default")
+class Clamp(Activation):
+    """`input` limited to `[min, max]`; None is no limit."""
+
+    input: Value
+    min: float | None = None
+    max: float | None = None
+
+
+@op("gelu.default")
+class Gelu(Activation):
+    """`input * Phi(input)`; `approximate` is "none" or "tanh"."""
+
+    input: Value
+    approximate: str = "none"
+
+
+@op("silu.default")
+class Silu(Activation):
+    """`input * sigmoid(input)`."""
+
+    input: Value
+
+
+@op("sigmoid.default")
+class Sigmoid(Activation):
+    """`1 / (1 + exp(-input))`."""
+
+    input: Value
+
+
+@op("tanh.default")
+class Tanh(Activation):
+    """Hyperbolic tangent."""
+
+    lipschitz = True
+    input: Value
+
+
+@op("hardswish.default")
+class Hardswish(Activation):
+    """`input * relu6(input + 3) / 6`."""
+
+    input: Value
+
+
+@op("hardsigmoid.default")
+class Hardsigmoid(Activation):
+    """`relu6(input + 3) / 6`."""
+
+    input: Value
+
+
+@op("elu.default")
+class Elu(Activation):
+    """`input` where positive, else `alpha * (exp(input) - 1)`."""
+
+    input: Value
+    alpha: float = 1
+    scale: float = 1
+    input_scale: float = 1
+
+
+@op("mish.default")
+class Mish(Activation):
+    """`input * tanh(softplus(input))`."""
+
+    input: Value
+
+
+@op("softplus.default")
+class Softplus(Activation):
+    """`log(1 + exp(beta * input)) / beta`."""
+
+    input: Value
+    beta: float = 1
+    threshold: float = 20
+
+
+@op("exp.default")
+class Exp(Activation):
+    """`e ** input`."""
+
+    input: Value
+
+
+@op("log.default")
+class Log(Activation):
+    """Natural logarithm."""
+
+    input: Value
+
+
+@op("abs.default")
+class Abs(Activation):
+    """`|input|`."""
+
+    positively_homogeneous = True
+    lipschitz = True
+    input: Value
+
+
+@op("erf.default")
+class Erf(Activation):
+    """The error function."""
+
+    input: Value
+
+
+@op("sin.default")
+class Sin(Activation):
+    """Sine."""
+
+    lipschitz = True
+    input: Value
+
+
+@op("cos.default")
+class Cos(Activation):
+    """Cosine."""
+
+    input: Value
+
+
+@op(*(f"{name}.{kind}" for name in ("eq", "ne", "lt", "le", "gt", "ge")
+      for kind in ("Tensor", "Scalar")))  # fmt: skip
+class Compare(Op):
+    """A comparison; `relation` is one of eq, ne, lt, le, gt, ge."""
+
+    left: Operand
+    right: Operand
+    relation: str
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        relation = call.target._schema.name.removeprefix("aten::")
+        return cls(call["self"], call["other"], relation, out=call.out)
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        kind = "Tensor" if isinstance(self.right, Value) else "Scalar"
+        target = overload(f"{self.relation}.{kind}")
+        return target, {"self": self.left, "other": self.right}
+
+
+@op("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+class Where(Op):
+    """`left` where `condition`, else `right`."""
+
+    rename = {"self": "left", "other": "right"}  # noqa: RUF012
+    condition: Value
+    left: Operand
+    right: Operand
+
+
+@op("to.dtype", "to.dtype_layout", "to.other", "to.device", "_to_copy.default", "type_as.default")
+class Cast(Op):
+    """The same numbers in another dtype, on the same device and in the same layout."""
+
+    input: Value
+    dtype: torch.dtype
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        source, found = call["self"].meta, call.out.meta
+        if source.device != found.device or source.layout != found.layout:
+            return None
+        if call.arguments.get("memory_format") not in (None, torch.preserve_format):
+            return None
+        return cls(call["self"], found.dtype, out=call.out)
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        return overload("to.dtype"), {"self": self.input, "dtype": self.dtype}
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input)
+
+
+@op("clone.default", "contiguous.default", "alias.default", "lift_fresh_copy.default",
+    "lift_fresh.default")  # fmt: skip
+class Copy(Op):
+    """The same values in fresh (or contiguous) memory."""
+
+    input: Value
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        if call.arguments.get("memory_format") not in (
+            None, torch.contiguous_format, torch.preserve_format,
+        ):  # fmt: skip
+            return None
+        return cls(call["self"], out=call.out)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input)
+
+
+@op("detach.default")
+class Detach(Op):
+    """The same values, cut off from the gradient."""
+
+    input: Value
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input)
+
+
+@op("full.default", "ones.default", "zeros.default", "full_like.default", "ones_like.default",
+    "zeros_like.default")  # fmt: skip
+class Full(Op):
+    """A tensor of `size` filled with the number `fill_value`."""
+
+    size: tuple[int, ...]
+    fill_value: float
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        name = call.target._schema.name.removeprefix("aten::").removesuffix("_like")
+        number = call["fill_value"] if name == "full" else {"ones": 1, "zeros": 0}[name]
+        out = call.out.meta
+        return cls(call.out.shape, number, out.dtype, out.device, out=call.out)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return run(value).abs()

@@ -1,0 +1,345 @@
+"""The result of optimization: an nn.Module with the source's signature."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+from graphopt.ir.graph import REQUIRED, Graph, Signature
+from graphopt.report import Report
+
+
+class InputError(ValueError):
+    """The inputs of a call do not fit what the model was captured with."""
+
+
+class OptimizedModule(nn.Module):
+    """An optimized model. Call it like the source model.
+
+    Parameters that survive keep their names. In Tune mode it trains: every gradient equals that of
+    the source in eval mode. `train()` and `eval()` change nothing: the captured mode is part of the
+    graph.
+
+    Attributes:
+        report: what was done, refused and rolled back, errors and cost.
+        graph_module: the plain `torch.fx.GraphModule`; None if the model was captured by region.
+    """
+
+    def __init__(
+        self, inner: nn.Module, signature: Signature | None, report: Report,
+        lower: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._adopt(inner)
+        hidden: dict[str, Any] = {
+            "_inner": inner,
+            "_signature": signature,
+            "_report": report,
+            "_lower": lower,
+            "_run": None,
+            "_fallback": None,
+            "_pending": None,
+        }
+        self.__dict__.update(hidden)
+        self.training = inner.training
+
+    def _adopt(self, inner: nn.Module) -> None:
+        """Own the very parameters, buffers and children of `inner`, under the same names."""
+        for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[registry] = inner.__dict__[registry]
+
+    # -- what the user sees -------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        if self._pending is not None:
+            raise RuntimeError("not captured yet: call the module once, or pass inputs to optimize")
+        report: Report = self._report
+        return report
+
+    @property
+    def graph_module(self) -> fx.GraphModule | None:
+        if self._pending is not None:
+            raise RuntimeError("not captured yet: call the module once, or pass inputs to optimize")
+        return self._inner if isinstance(self._inner, fx.GraphModule) else None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model as one artifact directory; see `graphopt.artifact`."""
+        from graphopt.artifact import save
+
+        save(self, path)
+
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random inputs of the captured shapes and dtypes, as (args, kwargs)."""
+        if self._signature is None or self.graph_module is None:
+            raise RuntimeError("a model captured by region does not know its inputs")
+        generator = torch.Generator().manual_seed(0)
+        leaves = list(self._signature.inputs)
+        for index, node in enumerate(_placeholders(self.graph_module)):
+            if leaves[index] is None and (kind := node.meta.get("type")):
+                shape = [size if isinstance(size, int) else 1 for size in kind["shape"]]
+                dtype = getattr(torch, kind["dtype"])
+                if dtype.is_floating_point:
+                    leaves[index] = torch.randn(shape, generator=generator).to(dtype)
+                else:
+                    leaves[index] = torch.zeros(shape, dtype=dtype)
+        args, kwargs = pytree.tree_unflatten(leaves, self._signature.in_spec)
+        return args, kwargs
+
+    # -- calling ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pending is not None:
+            self._capture_now(args, kwargs)
+        if self._signature is None:
+            return self._inner(*args, **kwargs)
+        try:
+            args, kwargs = self._bind(args, kwargs)
+        except InputError:
+            if self._fallback is None:
+                raise
+            return self._fallback(*args, **kwargs)
+        if self._run is None:
+            run = self._inner if self._lower is None else self._lower(self._inner)
+            self.__dict__["_run"] = run
+        return self._run(*args, **kwargs)
+
+    def _capture_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        result = self._pending(self._inner, args, kwargs)
+        training = self.training
+        self.__dict__.update(result.__dict__)
+        self.training = training
+
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call in the form in which the model was captured.
+
+        Raises:
+            InputError: naming the input, what was expected and what was found.
+        """
+        signature: Signature = self._signature
+        wanted_args, wanted_kwargs = _arity(signature)
+        if len(args) != wanted_args or set(kwargs) != set(wanted_kwargs):
+            args, kwargs = _rearrange(signature, args, kwargs, wanted_args, wanted_kwargs)
+        kwargs = {key: kwargs[key] for key in wanted_kwargs}
+        if torch.compiler.is_compiling():
+            return args, kwargs
+        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        if spec != signature.in_spec:
+            raise InputError(
+                f"inputs are structured as {_structure(args, kwargs)}; the model was captured with "
+                f"{len(signature.inputs)} leaves: {', '.join(signature.names)}"
+            )
+        sizes: dict[str, int] = {}
+        placeholders = _placeholders(self._inner)
+        for node, name, leaf, constant in zip(
+            placeholders, signature.names, leaves, signature.inputs, strict=True
+        ):
+            kind = node.meta.get("type")
+            if kind is None:
+                if leaf is not constant and leaf != constant:
+                    raise InputError(
+                        f"input {name} is {leaf!r}; the model was captured with {constant!r}"
+                    )
+            elif not isinstance(leaf, torch.Tensor):
+                raise InputError(
+                    f"input {name}: expected a tensor {_kind_text(kind)}, found "
+                    f"{type(leaf).__name__}"
+                )
+            else:
+                _check_shape(name, kind, leaf, sizes)
+        return tuple(args), kwargs
+
+    # -- moving, copying, pickling ------------------------------------------------------------
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
+        before = _place(self)
+        super()._apply(fn, recurse)
+        if self._fallback is not None:
+            self._fallback._apply(fn)
+        after = _place(self)
+        if before is not None and before != after and self.graph_module is not None:
+            retarget(self.graph_module.graph, dict(zip(before, after, strict=True)))  # type: ignore[arg-type]
+            self.graph_module.recompile()
+        if before != after:
+            self.__dict__["_run"] = None
+        return self
+
+    def __reduce__(self) -> Any:
+        if self._pending is not None or self.graph_module is None:
+            return super().__reduce_ex__(2)
+        from graphopt.artifact import dismantle, rebuild
+
+        return rebuild, dismantle(self)
+
+
+def build(graph: Graph) -> fx.GraphModule:
+    """The plain FX module of a graph: its states under their names, pytrees in and out."""
+    root = nn.Module()
+    for name, state in graph.states.items():
+        attach(root, name, state.tensor, state.kind, state.saved)
+    code = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.fx.nodes:
+        twin = code.node_copy(node, lambda one: mapping[one])
+        twin.meta = {key: node.meta[key] for key in ("where", "made_by", "type") if key in node.meta}
+        if "val" in node.meta and (kind := describe_type(node.meta["val"])) is not None:
+            twin.meta["type"] = kind
+        mapping[node] = twin
+    return assemble(root, code, graph.signature, {
+        name: (state.tensor, state.kind, state.saved) for name, state in graph.states.items()
+    }, graph.aliases)  # fmt: skip
+
+
+def assemble(
+    root: nn.Module, code: fx.Graph, signature: Signature,
+    states: Mapping[str, tuple[torch.Tensor, str, bool]], aliases: Mapping[str, str],
+) -> fx.GraphModule:  # fmt: skip
+    """A GraphModule over `code` that owns all of `states`, the unread ones and tied names too."""
+    code._codegen = _PyTreeCodeGen(
+        _PyTreeInfo(_argument_names(signature), signature.in_spec, signature.out_spec)
+    )
+    module = fx.GraphModule(root, code, "OptimizedGraph")
+    for name, (tensor, kind, saved) in states.items():
+        attach(module, name, tensor, kind, saved)
+    for name, twin in aliases.items():
+        tensor, kind, saved = states[twin]
+        attach(module, name, tensor, kind, saved)
+    return module
+
+
+def attach(root: nn.Module, name: str, tensor: torch.Tensor, kind: str, saved: bool) -> None:
+    """Register a state under a dotted name, making modules on the way."""
+    *path, field = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    if kind == "parameter":
+        root._parameters[field] = tensor  # type: ignore[assignment]
+    else:
+        root._buffers[field] = tensor
+        (root._non_persistent_buffers_set.discard if saved else root._non_persistent_buffers_set.add)(
+            field
+        )
+
+
+def describe_type(value: Any) -> dict[str, Any] | None:
+    """dtype and shape of a tensor as plain data, symbolic sizes by name."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+
+
+def retarget(graph: fx.Graph, change: Mapping[Any, Any]) -> None:
+    """Replace devices and dtypes written into a graph's arguments."""
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, (torch.device, torch.dtype)):
+            return change.get(value, value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(swap, value))
+        return value
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(map(swap, node.args))
+            node.kwargs = {key: swap(value) for key, value in node.kwargs.items()}
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """The device and floating dtype of a module's first floating state."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    found: list[fx.Node] = module.__dict__.get("_graphopt_inputs", [])
+    if not found:
+        found = [node for node in module.graph.nodes if node.op == "placeholder"]
+        module.__dict__["_graphopt_inputs"] = found
+    return found
+
+
+def _arity(signature: Signature) -> tuple[int, list[str]]:
+    args_spec, kwargs_spec = signature.in_spec.children()
+    return args_spec.num_children, list(kwargs_spec.context)
+
+
+def _argument_names(signature: Signature) -> list[str]:
+    count, keys = _arity(signature)
+    positional = [name for name, kind, _ in signature.parameters if kind <= 1]
+    names = positional[:count] if len(positional) >= count else [f"arg_{i}" for i in range(count)]
+    return [*names, *keys]
+
+
+def _rearrange(
+    signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    wanted_args: int, wanted_kwargs: list[str],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """Move inputs between positional and keyword, and supply or drop defaults."""
+    positional = [name for name, kind, _ in signature.parameters if kind <= 1]
+    defaults = {name: default for name, _, default in signature.parameters}
+    given = dict(kwargs)
+    if len(args) > len(positional):
+        raise InputError(f"{len(args)} positional inputs, expected at most {len(positional)}")
+    for name, value in zip(positional, args, strict=False):
+        if name in given:
+            raise InputError(f"input {name} is given twice")
+        given[name] = value
+
+    def take(name: str) -> Any:
+        if name in given:
+            return given.pop(name)
+        if defaults.get(name, REQUIRED) == REQUIRED:
+            raise InputError(f"input {name} is missing")
+        return defaults[name]
+
+    new_args = tuple(take(name) for name in positional[:wanted_args])
+    new_kwargs = {key: take(key) for key in wanted_kwargs}
+    for name, value in given.items():
+        if name not in defaults and not any(kind == 4 for _, kind, _ in signature.parameters):
+            raise InputError(f"unexpected input {name}")
+        if value is not defaults.get(name) and value != defaults.get(name, REQUIRED):
+            raise InputError(
+                f"input {name} was not given when the model was captured; optimize again with it"
+            )
+    return new_args, new_kwargs
+
+
+def _check_shape(name: str, kind: Mapping[str, Any], leaf: torch.Tensor, sizes: dict[str, int]) -> None:
+    expected = kind["shape"]
+    ok = len(expected) == leaf.ndim
+    if ok:
+        for want, size in zip(expected, leaf.shape, strict=True):
+            if isinstance(want, int):
+                ok = ok and want == size
+            elif want.isidentifier():
+                ok = ok and sizes.setdefault(want, size) == size
+    if not ok:
+        raise InputError(
+            f"input {name}: expected {_kind_text(kind)}, found shape {list(leaf.shape)}"
+        )
+
+
+def _kind_text(kind: Mapping[str, Any]) -> str:
+    shape = ", ".join(str(size) if isinstance(size, int) else "any" for size in kind["shape"])
+    return f"{kind['dtype']} of shape [{shape}]"
+
+
+def _structure(args: Any, kwargs: Any) -> str:
+    inside = [type(one).__name__ for one in args]
+    inside += [f"{key}={type(value).__name__}" for key, value in kwargs.items()]
+    return f"({', '.join(inside)})"

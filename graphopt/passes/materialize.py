@@ -1,0 +1,145 @@
+"""Evaluate every parameter-only part of the graph once and store the result.
+
+    f(parameters)  ->  one parameter: f evaluated in float64, rounded once to its dtype
+
+This is the step from Tune to Deploy mode. Afterwards states that nothing reads are dropped.
+Where the model itself rounds on the way (a cast to a narrower dtype whose result is computed with,
+as fake quantization does), the part is evaluated in its own dtypes instead, bit for bit as the
+model would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir import ops
+from graphopt.ir.builder import Builder
+from graphopt.ir.contracts import Algebraic, Exact
+from graphopt.ir.driver import Session
+from graphopt.ir.graph import Graph, State
+from graphopt.ir.interpret import Evaluator
+from graphopt.passes.base import Pass
+
+_VIEWS = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Detach, ops.Copy)
+_ROUNDING = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc", "aten::sign",
+             "aten::fake_quantize_per_tensor_affine", "aten::fake_quantize_per_channel_affine"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialize(Pass):
+    """Parameter-only expressions become stored parameters, in float64 with one rounding."""
+
+    name = "materialize"
+    limit: int = 1 << 22  # elements a result may have beyond the states it is computed from
+
+    def run(self, session: Session) -> None:
+        graph = session.graph
+        lifted, plain = Evaluator(graph, lifted=True), Evaluator(graph, lifted=False)
+        made: list[tuple[str, str]] = []
+        for node in frontier(graph):
+            cone = cone_of(node)
+            if not self._worthwhile(graph, node, cone):
+                continue
+            rounds = rounds_inside(graph, node, cone)
+            evaluator = plain if rounds else lifted
+            exact = evaluator.evaluate(node)
+            state = stored(graph, exact, node.meta["val"].dtype, cone)
+            wish = role(graph, node)
+            read = graph.add_state(f"materialized_{len(made)}", state)
+            contract = Exact() if rounds else Algebraic()
+            if session.replace("materialize", contract, node, read, [read]):
+                made.append((str(read.target), wish))
+        graph.eliminate_dead_code()
+        graph.drop_unread_states()
+        for name, wish in made:
+            if name in graph.states:
+                graph.rename_state(name, wish)
+
+    def _worthwhile(self, graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
+        states = [one for one in cone if one.op == "get_attr"]
+        size = node.meta["val"].numel()
+        if size > sum(one.meta["val"].numel() for one in states) + self.limit:
+            return False
+        builder = Builder(graph, node)
+        if all(one.op == "get_attr" or isinstance(builder.view(one), _VIEWS) for one in cone):
+            # A mere view: storing it pays only if the original goes away.
+            inside = set(cone)
+            return size <= states[0].meta["val"].numel() and all(
+                set(one.users) <= inside for one in states
+            ) if states else False
+        return True
+
+
+def frontier(graph: Graph) -> list[fx.Node]:
+    """The parameter-only tensors that something else reads."""
+    return [
+        node
+        for node in graph.calls
+        if graph.is_constant(node)
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and any(not graph.is_constant(user) for user in node.users)
+    ]
+
+
+def cone_of(node: fx.Node) -> list[fx.Node]:
+    """`node` and everything it is computed from."""
+    seen, stack = {node: None}, [node]
+    while stack:
+        for one in stack.pop().all_input_nodes:
+            if one not in seen:
+                seen[one] = None
+                stack.append(one)
+    return list(seen)
+
+
+def rounds_inside(graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
+    """Whether the model rounds a value and then computes with what is left of it."""
+    builder = Builder(graph, node)
+
+    def computes(one: fx.Node) -> bool:
+        return not isinstance(builder.view(one), (*_VIEWS, ops.Cast))
+
+    inside = set(cone)
+    for one in cone:
+        name = getattr(getattr(one.target, "_schema", None), "name", "")
+        op = builder.view(one)
+        narrows = isinstance(op, ops.Cast) and _narrower(op.dtype, op.input.dtype)
+        if (narrows or name in _ROUNDING) and "made_by" not in one.meta:
+            if name in _ROUNDING or any(computes(u) for u in one.users if u in inside):
+                return True
+    return False
+
+
+def _narrower(to: torch.dtype, of: torch.dtype) -> bool:
+    return of.is_floating_point and torch.promote_types(to, of) != to
+
+
+def stored(graph: Graph, exact: torch.Tensor, dtype: torch.dtype, cone: list[fx.Node]) -> State:
+    """The state for an evaluated cone: a parameter if it comes from one."""
+    sources = [graph.states[str(one.target)] for one in cone if one.op == "get_attr"]
+    tensor = exact.to(dtype, copy=True).contiguous()
+    keep = exact if exact.dtype != dtype else None
+    floating = dtype.is_floating_point or dtype.is_complex
+    if floating and any(one.kind == "parameter" for one in sources):
+        grad = any(one.tensor.requires_grad for one in sources)
+        return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter", exact=keep)
+    kind = "buffer" if any(one.kind == "buffer" for one in sources) else "constant"
+    return State(tensor, kind, exact=keep)
+
+
+def role(graph: Graph, node: fx.Node) -> str:
+    """The name for a materialized value: the module and field that read it."""
+    builder = Builder(graph, node)
+    for user in node.users:
+        op: Any = builder.view(user)
+        if op is None:
+            continue
+        for field in ("weight", "bias"):
+            value = getattr(op, field, None)
+            if value is not None and value.node is node:
+                return f"{graph.where(user)}.{field}".lstrip(".")
+    return f"{graph.where(node)}.{node.name}".lstrip(".")

@@ -1,0 +1,171 @@
+"""Pipelines: passes in order, as text that round-trips or as objects.
+
+    canonicalize,fold-batch-norm,materialize{limit=1000}
+
+A preset is a named pipeline and may stand inside another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from graphopt.ir.driver import Session
+from graphopt.ir.rewrite import Rewrite
+from graphopt.passes.base import Pass, PassError, SingleRewrite, available, find
+
+PRESETS = {
+    "tune": "canonicalize,fold-batch-norm,canonicalize",
+    "deploy": "canonicalize,fold-batch-norm,canonicalize,materialize,canonicalize",
+}
+_STAGE = re.compile(r"([A-Za-z0-9_.-]+)(?:\{([^{}]*)\})?(?:,|$)")
+
+
+class PipelineError(ValueError):
+    """A pipeline text that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One pass of a pipeline and how it was written."""
+
+    run: Pass
+    text: str
+
+
+class Pipeline:
+    """Passes in order.
+
+    `source` is text, or a sequence of passes, pass classes, rewrites and texts.
+    `str(Pipeline(text)) == text`.
+
+    Raises:
+        PipelineError: for text that is not a pipeline.
+        PassError: for an unknown pass or option, or an option of the wrong type.
+    """
+
+    def __init__(self, source: str | Iterable[Any]) -> None:
+        if isinstance(source, str):
+            self.text = source
+            self.stages = tuple(parse(source))
+        else:
+            self.stages = tuple(stage for one in source for stage in _as_stages(one))
+            self.text = ",".join(stage.text for stage in self.stages)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.text!r})"
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def run(
+        self, session: Session, progress: Callable[[str], None] | None = None
+    ) -> list[tuple[str, float]]:
+        """Run every stage; returns (stage, seconds without validation) in order."""
+        seconds = []
+        for stage in self.stages:
+            if progress is not None:
+                progress(stage.text)
+            start, checking = time.perf_counter(), session.validation_seconds
+            session.pass_name = stage.run.name or stage.text
+            stage.run.run(session)
+            spent = time.perf_counter() - start - (session.validation_seconds - checking)
+            seconds.append((stage.text, spent))
+        return seconds
+
+
+def parse(text: str) -> Iterator[Stage]:
+    """The stages that a text names, presets spelled out."""
+    stripped = text.strip()
+    if not stripped:
+        raise PipelineError("empty pipeline; name at least one pass")
+    position = 0
+    compact = re.sub(r"\s+", "", stripped)
+    while position < len(compact):
+        match = _STAGE.match(compact, position)
+        if match is None or match.end() == position:
+            raise PipelineError(
+                f"cannot read the pipeline at {compact[position:position + 20]!r}; expected "
+                "name{option=value,...} separated by commas"
+            )
+        if match.end() == len(compact) and compact.endswith(","):
+            raise PipelineError("the pipeline ends with a comma; expected another pass")
+        position = match.end()
+        name, options = match[1], match[2]
+        if name in PRESETS and options is None:
+            yield from parse(PRESETS[name])
+        else:
+            written = match[0].rstrip(",") if options is None else f"{name}{{{options}}}"
+            yield Stage(make(name, options), written)
+
+
+def make(name: str, options: str | None = None) -> Pass:
+    """A pass from its name and its options as text.
+
+    Raises:
+        PassError: if there is no such pass or option, or a value has the wrong type.
+    """
+    try:
+        cls = find(name)
+    except PassError as error:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise PassError(f"{error}{f'; or the preset {near[0]}?' if near else ''}") from None
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in filter(None, (options or "").split(",")):
+        key, _, given = item.partition("=")
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise PassError(f"{name} has no option {key!r} (options: {known})")
+        values[key] = _convert(name, key, given or "true", types[key])
+    return cls(**values)
+
+
+def _convert(name: str, key: str, given: str, to: Any) -> Any:
+    if to is bool:
+        if given in ("true", "false"):
+            return given == "true"
+    else:
+        try:
+            return to(given)
+        except (TypeError, ValueError):
+            pass
+    kind = getattr(to, "__name__", to)
+    raise PassError(f"{name}: option {key} expects {kind}, found {given!r}")
+
+
+def _as_stages(item: Any) -> Iterator[Stage]:
+    if isinstance(item, str):
+        yield from parse(item)
+    elif isinstance(item, Rewrite):
+        yield Stage(SingleRewrite(item), item.name)
+    elif isinstance(item, type) and issubclass(item, Pass):
+        yield Stage(item(), _spell(item()))
+    elif isinstance(item, Pass):
+        yield Stage(item, _spell(item))
+    else:
+        raise PipelineError(f"expected a pass, a rewrite or text; found {item!r}")
+
+
+def _spell(one: Pass) -> str:
+    if isinstance(one, SingleRewrite):
+        return one.rewrite.name
+    changed = []
+    for field in dataclasses.fields(one):
+        value = getattr(one, field.name)
+        if value != field.default:
+            changed.append(f"{field.name}={str(value).lower() if value is True or value is False else value}")
+    name = one.name or type(one).__name__
+    return f"{name}{{{','.join(changed)}}}" if changed else name
+
+
+__all__ = ["PRESETS", "Pipeline", "PipelineError", "Stage", "available", "make", "parse"]

@@ -1,0 +1,149 @@
+"""Regional capture: the largest submodules that capture are optimized in place, the rest stays
+eager, as torch.compile does with graph breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from graphopt.ir.capture import CaptureError, clone_inputs, copy_module, first_line, untouched
+from graphopt.module import OptimizedModule
+from graphopt.report import Report
+from graphopt.verify.model import relative_error
+
+Optimizer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], OptimizedModule]
+
+
+def optimize_regions(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], why: CaptureError,
+    optimizer: Optimizer, report: Report,
+) -> OptimizedModule:  # fmt: skip
+    """Optimize what can be captured inside `source`; `why` says why the whole cannot."""
+    report.backend = "eager"
+    report.capture.left_out[""] = _short(why)
+    expected, calls = _watch(source, args, kwargs)
+    shell = copy_module(source)
+    for path, module in _regions(source, calls, report, optimizer):
+        replace(shell, path, module)
+    report.capture.left_out = dict(sorted(report.capture.left_out.items()))
+    problem = _difference(shell, args, kwargs, expected)
+    if problem:
+        report.capture.notes.append(f"no region was used: {problem}")
+        report.regions = {}
+        shell = copy_module(source)
+    for path, region in report.regions.items():
+        for name in ("applied", "refused", "rolled_back"):
+            getattr(report, name).extend(
+                dataclasses.replace(one, where=f"{path}.{one.where}".rstrip("."))
+                for one in getattr(region, name)
+            )
+    return OptimizedModule(shell, None, report)
+
+
+def _watch(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[nn.Module, Any]]:
+    """The model's outputs, and the first inputs that each submodule was called with."""
+    calls: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
+        if module not in calls:
+            calls[module] = clone_inputs(a, k)
+
+    handles = [
+        one.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+        for one in source.modules()
+        if one is not source
+    ]
+    try:
+        inputs = clone_inputs(args, kwargs)
+        with untouched(source):
+            outputs = pytree.tree_leaves(source(*inputs[0], **inputs[1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, calls
+
+
+def _regions(
+    source: nn.Module, calls: dict[nn.Module, Any], report: Report, optimizer: Optimizer
+) -> Iterator[tuple[str, OptimizedModule]]:
+    """The largest submodules that capture, with their paths; shared modules at every path."""
+    made: dict[nn.Module, OptimizedModule | None] = {}
+    stack = [(name, child) for name, child in source.named_children()][::-1]
+    while stack:
+        path, module = stack.pop()
+        children = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        if module not in made:
+            made[module] = None
+            if module in calls and _worth_a_region(module):
+                try:
+                    made[module] = optimizer(copy_module(module), *calls[module])
+                except CaptureError as error:
+                    report.capture.left_out[path] = _short(error)
+                else:
+                    report.regions[path] = made[module].report  # type: ignore[union-attr]
+        region = made[module]
+        if region is None:
+            stack += children[::-1]
+        else:
+            yield path, region
+
+
+def _worth_a_region(module: nn.Module) -> bool:
+    """Containers of other modules, and leaves that are not torch's own single ops."""
+    own = type(module).__module__.startswith("torch.nn.")
+    return any(True for _ in module.children()) or not own
+
+
+def replace(shell: nn.Module, path: str, region: OptimizedModule) -> None:
+    """Put a region in place of the module at `path`, which serves inputs of other shapes."""
+    parent_path, _, name = path.rpartition(".")
+    parent = shell.get_submodule(parent_path)
+    original = parent._modules[name]
+    if region._fallback is None:
+        region.__dict__["_fallback"] = original
+        assert original is not None
+        _share(region, original)
+    parent._modules[name] = region
+
+
+def _share(region: OptimizedModule, original: nn.Module) -> None:
+    """Let the eager stand-in use the region's own parameters where values are the same, so that
+    training either trains both."""
+    for name, parameter in list(original.named_parameters(remove_duplicate=False)):
+        try:
+            mine = region.get_parameter(name)
+        except AttributeError:
+            continue
+        if mine.shape == parameter.shape and torch.equal(mine, parameter):
+            owner_path, _, field = name.rpartition(".")
+            original.get_submodule(owner_path)._parameters[field] = mine
+
+
+def _difference(
+    shell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any]
+) -> str:
+    """Why the module with its regions is not the source; empty if it is."""
+    inputs = clone_inputs(args, kwargs)
+    try:
+        with untouched(shell):
+            found = pytree.tree_leaves(shell(*inputs[0], **inputs[1]))
+    except Exception as error:
+        return f"the model with regions raises {first_line(error)}"
+    if len(found) != len(expected):
+        return "the model with regions returns another structure"
+    error = relative_error(found, expected)
+    floating = [one.dtype for one in expected
+                if isinstance(one, torch.Tensor) and one.is_floating_point()]  # fmt: skip
+    limit = 1e4 * max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    return "" if error <= limit else f"the model with regions is off by {error:.1e}"
+
+
+def _short(error: CaptureError) -> str:
+    return "; ".join(f"{rung}: {reason}" for rung, reason in error.attempts.items())

@@ -1,0 +1,159 @@
+"""The report of one optimization, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from typing import Any
+
+from graphopt.ir.cost import Cost
+from graphopt.ir.driver import Record
+from graphopt.verify.model import ModelCheck
+
+SHOWN = 12  # refusals listed in the text; all are in the data
+
+
+@dataclasses.dataclass
+class Capture:
+    """How the model was captured: the rung of the ladder (or "regional"), time, and remarks."""
+
+    method: str
+    seconds: float
+    notes: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # module path -> reason
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything that was done to a model and why, and everything that was not.
+
+    `applied`, `refused` and `rolled_back` hold records with `rewrite`, `where` (module path in the
+    source model), `contract`, `reason`, `error` and `bound` (absolute, in float64). `passes` lists
+    (pass, seconds), validation apart.
+    """
+
+    model: str
+    mode: str
+    pipeline: str
+    backend: str
+    capture: Capture
+    applied: list[Record] = dataclasses.field(default_factory=list)
+    refused: list[Record] = dataclasses.field(default_factory=list)
+    rolled_back: list[Record] = dataclasses.field(default_factory=list)
+    before: Cost | None = None
+    after: Cost | None = None
+    check: ModelCheck | None = None
+    passes: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    validation_seconds: float = 0.0
+    backend_notes: list[str] = dataclasses.field(default_factory=list)
+    backend_table: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    regions: dict[str, Report] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes with `allow_nan=False`."""
+        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+
+        def number(value: Any) -> float:
+            return math.nan if value is None else float(value)
+
+        def records(key: str) -> list[Record]:
+            return [
+                Record(**{**one, "error": number(one["error"]), "bound": number(one["bound"])})
+                for one in data[key]
+            ]
+
+        check = data["check"]
+        return cls(
+            **{
+                **data,
+                "capture": Capture(**data["capture"]),
+                "applied": records("applied"),
+                "refused": records("refused"),
+                "rolled_back": records("rolled_back"),
+                "before": Cost(**data["before"]) if data["before"] else None,
+                "after": Cost(**data["after"]) if data["after"] else None,
+                "check": check and ModelCheck(
+                    **{k: v if k == "reason" else number(v) for k, v in check.items()}
+                ),
+                "passes": [tuple(one) for one in data["passes"]],
+                "regions": {k: cls.from_dict(v) for k, v in data["regions"].items()},
+            }
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _lines(report: Report) -> list[str]:
+    lines = [f"graphopt: {report.model}, mode {report.mode}, backend {report.backend}"]
+    lines.append(f"  pipeline   {report.pipeline}")
+    capture = report.capture
+    lines.append(f"  captured   by {capture.method} in {capture.seconds:.2f} s")
+    lines += [f"             note: {note}" for note in capture.notes]
+    for path, reason in capture.left_out.items():
+        lines.append(f"             left eager: {path or '(the whole model)'}: {reason}")
+    if report.before is not None and report.after is not None:
+        before, after = report.before, report.after
+        lines.append(
+            f"  nodes      {before.nodes} -> {after.nodes}   batch norms "
+            f"{before.batch_norms} -> {after.batch_norms}"
+        )
+        lines.append(f"  parameters {before.parameters:,} -> {after.parameters:,}")
+        lines.append(f"  FLOPs      {_si(before.flops)} -> {_si(after.flops)}")
+        lines.append(f"  bytes      {_si(before.bytes)}B -> {_si(after.bytes)}B moved per run")
+    counts = Counter(record.rewrite for record in report.applied)
+    done = ", ".join(f"{name} x{count}" for name, count in counts.most_common()) or "none"
+    lines.append(f"  applied    {len(report.applied)}: {done}")
+    worst = max(
+        (r for r in report.applied if r.bound > 0), key=lambda r: r.error / r.bound, default=None
+    )
+    if worst is not None:
+        lines.append(
+            f"  worst site {worst.rewrite} at {worst.where}: error {worst.error:.1e}, "
+            f"bound {worst.bound:.1e} (float64)"
+        )
+    for title, records in (("refused", report.refused), ("rolled back", report.rolled_back)):
+        lines.append(f"  {title:<11}{len(records)}")
+        lines += [f"    {one.rewrite} at {one.where or one.node}: {one.reason}"
+                  for one in records[:SHOWN]]  # fmt: skip
+        if len(records) > SHOWN:
+            lines.append(f"    ... and {len(records) - SHOWN} more in report.{title.replace(' ', '_')}")
+    if report.check is not None:
+        check = report.check
+        lines.append(
+            f"  verified   float64 {check.float64_error:.1e}; own dtype against float64: source "
+            f"{check.source_error:.1e}, optimized {check.error:.1e} (relative)"
+        )
+        if check.reason:
+            lines.append(f"             NOT APPLIED: {check.reason}")
+    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.passes)
+    lines.append(f"  seconds    {spent or '-'}; validation {report.validation_seconds:.2f}")
+    lines += [f"  backend    {note}" for note in report.backend_notes]
+    for row in report.backend_table:
+        lines.append("             " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    for path, region in report.regions.items():
+        lines.append(f"region {path}:")
+        lines += [f"  {line}" for line in _lines(region)[2:]]
+    return lines
+
+
+def _si(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f} "

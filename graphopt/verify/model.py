@@ -1,0 +1,77 @@
+"""The whole model: the rewritten graph against the captured one, in float64 and in its own dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.interpret import Interpreter, lift
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCheck:
+    """Errors are relative in the 2-norm, the largest over the outputs.
+
+    `float64_error`: rewritten against source, both in float64: meaning.
+    `source_error`, `error`: source and rewritten in the model's own dtype against the source in
+    float64: numerics.
+    """
+
+    float64_error: float = math.nan
+    source_error: float = math.nan
+    error: float = math.nan
+    limit: float = 1e-10
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+@torch.no_grad()
+def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: float) -> ModelCheck:
+    """Run both graphs on `inputs`, lifted and as they are."""
+
+    def run(graph: Graph, lifted: bool) -> tuple[Any, ...]:
+        copies = [one.clone() if isinstance(one, torch.Tensor) else one for one in inputs]
+        return Interpreter(graph, lifted=lifted, writes=False).run(copies)
+
+    truth = run(source, True)
+    try:
+        meaning = relative_error(run(result, True), truth)
+        before = relative_error(run(source, False), truth)
+        after = relative_error(run(result, False), truth)
+    except Exception as error:
+        return ModelCheck(limit=limit, reason=f"raised {type(error).__name__}: {error}")
+    reason = ""
+    if not meaning <= limit:
+        reason = f"float64 outputs differ by {meaning:.1e} (relative), more than {limit:.0e}"
+    return ModelCheck(meaning, before, after, limit, reason)
+
+
+def relative_error(found: Sequence[Any], truth: Sequence[Any]) -> float:
+    """The largest relative 2-norm error over paired outputs; inf where shapes or integers differ."""
+    worst = 0.0
+    for a, b in zip(found, truth, strict=True):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            worst = max(worst, 0.0 if a is b or a == b else math.inf)
+            continue
+        if a.shape != b.shape:
+            return math.inf
+        if not (b.is_floating_point() or b.is_complex()):
+            worst = max(worst, float((a != b).double().mean()) if b.numel() else 0.0)
+            continue
+        a, b = lift(a), lift(b)
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, 0.0, a - b)
+        if not bool(difference.isfinite().all()):
+            return math.inf
+        scale = float(torch.where(b.isfinite(), b, 0.0).norm())
+        norm = float(difference.norm())
+        worst = max(worst, norm / scale if scale > 0 else (0.0 if norm == 0 else math.inf))
+    return worst

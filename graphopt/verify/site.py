@@ -1,0 +1,159 @@
+"""The float64 oracle for single sites.
+
+Values of the graph on the user's own inputs are computed once, on demand, in float64. A site is
+the part of the graph between the replaced value, its replacement, and the values below which the
+two computations are the same; it is evaluated both ways from there.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.contracts import Contract, Exact
+from graphopt.ir.driver import Verdict
+from graphopt.ir.graph import Graph
+from graphopt.ir.interpret import Evaluator, Interpreter, seeded
+from graphopt.verify.bounds import Site
+
+class SiteValidator:
+    """Checks sites on example inputs."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
+        self.graph = graph
+        self._evaluator = Evaluator(graph, inputs)
+
+    def forget(self, nodes: Iterable[fx.Node]) -> None:
+        """Erased nodes need their values no more."""
+        self._evaluator.forget(nodes)
+
+    # -- sites --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
+        """Evaluate `old` and `new` from the values they share and compare as `contract` says."""
+        if isinstance(contract, Exact):
+            return self._check_exact(old, new)
+        shared, inner = cut(old, new)
+        try:
+            site = Site(self.graph, {node: self._evaluator.evaluate(node) for node in shared})
+            for node in inner:
+                site.add(node)
+        except Exception as error:
+            return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
+        verdict = compare(site, old, new)
+        if verdict.ok:
+            self._evaluator.keep(new, site.values[new])
+        return verdict
+
+    def _check_exact(self, old: fx.Node, new: fx.Node) -> Verdict:
+        """Bit for bit, in the graph's own dtypes."""
+        shared, inner = cut(old, new)
+        plain = Interpreter(self.graph, writes=False)
+        try:
+            env = {node: _like(self._evaluator.evaluate(node), node.meta.get("val")) for node in shared}
+            for node in inner:
+                env[node] = seeded(plain, node, env)
+        except Exception as error:
+            return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
+        for a, b in zip(_leaves(env[old]), _leaves(env[new]), strict=True):
+            if not bitwise_equal(a, b):
+                return Verdict(False, reason="declared Exact, but the results differ bitwise")
+        return Verdict(True, 0.0, 0.0)
+
+
+def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
+    """Whether two values of a site are equal up to the sum of their rounding bounds."""
+    left, right = _leaves(site.values[old]), _leaves(site.values[new])
+    if all(bitwise_equal(a, b) for a, b in zip(left, right, strict=True)):
+        return Verdict(True, 0.0, 0.0)
+    tolerances = site.tolerance(old), site.tolerance(new)
+    if tolerances[0] is None or tolerances[1] is None:
+        return Verdict(False, reason=f"no rounding bound is known for {site.unknown}")
+    worst = Verdict(True, 0.0, 0.0)
+    ratio = -1.0
+    for a, b, s, t in zip(left, right, *map(_leaves, tolerances), strict=True):
+        if a.shape != b.shape:
+            return Verdict(False, reason=f"shape {list(a.shape)} became {list(b.shape)}")
+        same = (a == b) | (a.isnan() & b.isnan())
+        error = torch.where(same, 0.0, (a - b).abs())
+        bound = (s + t).expand_as(error)
+        ok = bool(((error <= bound) | same).all())  # nan compares false
+        if error.numel() == 0:
+            continue
+        relative = torch.where(same, 0.0, error / bound.clamp(min=1e-300)).nan_to_num(torch.inf)
+        index = int(relative.argmax())
+        if float(relative.flatten()[index]) > ratio:
+            ratio = float(relative.flatten()[index])
+            worst = Verdict(
+                ok, float(error.flatten()[index]), float(bound.flatten()[index]),
+                "" if ok else "differs by more than rounding can explain",
+            )  # fmt: skip
+        if not ok:
+            return worst
+    return worst
+
+
+def cut(old: fx.Node, new: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes at which the computations of `old` and `new` meet, and the nodes above them.
+
+    Walks both backwards in reverse graph order: every reader of a node within the site has been
+    seen when the node is reached, so a node that both sides reached is where they meet.
+    """
+    reached: dict[fx.Node, int] = {old: 1}
+    reached[new] = reached.get(new, 0) | 2
+    heap = [_Latest(node) for node in reached]
+    heapq.heapify(heap)
+    shared, inner = [], []
+    while heap:
+        node = heapq.heappop(heap).node
+        side = reached[node]
+        if side == 3 or node.op != "call_function":
+            shared.append(node)
+            continue
+        inner.append(node)
+        for one in node.all_input_nodes:
+            if one not in reached:
+                heapq.heappush(heap, _Latest(one))
+            reached[one] = reached.get(one, 0) | side
+    return shared, inner[::-1]
+
+
+class _Latest:
+    """Heap order: nodes later in the graph first."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __lt__(self, other: _Latest) -> bool:
+        return other.node < self.node
+
+
+def bitwise_equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return bool(a == b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_floating_point():
+        same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
+        return bool(same.all())
+    return torch.equal(a, b)
+
+
+def _like(value: Any, fake: Any) -> Any:
+    if isinstance(value, torch.Tensor) and isinstance(fake, torch.Tensor):
+        return value.to(fake.dtype)
+    if isinstance(value, (tuple, list)) and isinstance(fake, (tuple, list)):
+        return type(value)(map(_like, value, fake))
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
