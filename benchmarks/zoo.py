@@ -21,6 +21,7 @@ import json
 import math
 import os
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -75,6 +76,7 @@ class Row:
     norms_before: int = 0
     norms_after: int = 0
     norms_unexplained: list[str] = dataclasses.field(default_factory=list)
+    norms_reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     applied: int = 0
     refused: int = 0
     rolled_back: list[str] = dataclasses.field(default_factory=list)
@@ -230,12 +232,15 @@ def _read_report(row: Row, fast: graphopt.OptimizedModule, inputs: Inputs) -> No
         if not isinstance(part, graphopt.OptimizedModule) or part.graph_module is None:
             continue
         records = [one for one in (*part.report.refused, *part.report.rolled_back) if one.reason]
-        explained = {one.where for one in records} | {one.node for one in records}
+        reasons = {key: one.reason for one in records for key in (one.where, one.node) if key}
         for node in _norm_nodes(part.graph_module):
             seen += 1
             where = node.meta.get("where", "?")
-            if where not in explained and node.name not in explained:
+            reason = reasons.get(node.name) or reasons.get(where)
+            if reason is None:
                 row.norms_unexplained.append(where)
+            else:
+                row.norms_reasons[where] = reason
     row.norms_after = seen if fast.graph_module is not None else _norms_run(fast, inputs)
     if row.norms_after > seen and not report.capture.left_out:
         row.norms_unexplained.append(f"{row.norms_after - seen} left eager")
@@ -338,6 +343,7 @@ def build_transformers(name: str, size: int | None) -> tuple[nn.Module, MakeInpu
 
     architecture, options, kind = TRANSFORMERS[name]
     cls = getattr(transformers, architecture)
+    transformers.logging.set_verbosity_error()  # special tokens outside a small vocabulary
     model = cls(cls.config_class(**options))
     if name == "whisper-encoder":
         model = model.encoder
@@ -534,7 +540,7 @@ def show(console: Console, row: Row, header: bool) -> None:
     console.print(table)
     lines = [row.reason] if row.reason else []
     lines += [f"batch 3: {row.batch}"] if row.batch not in ("yes", "") else []
-    lines += [f"rolled back {len(row.rolled_back)}: {row.rolled_back[0]}"] if row.rolled_back else []
+    lines += [f"rolled back: {one}" for one in row.rolled_back[:1]]
     for line in lines:
         console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
     console.file.flush()
@@ -560,9 +566,9 @@ def write_results(folder: Path, zoo: str, rows: list[Row]) -> None:
         "",
         ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
         "",
-        "float64: relative error of the optimized model in float64. source, fast: float32 error of",
-        "the source and of the optimized model against the float64 truth; ratio: fast / source, the",
-        "larger of batch sizes 1 and 3. norms: batch norms before > after. seconds: optimize().",
+        "float64: relative error of the optimized model in float64. source, fast: float32 error",
+        "of the source and of the optimized model against the float64 truth; ratio: fast / source,",
+        "the larger of batch sizes 1 and 3. norms: batch norms before > after. seconds: optimize()",
         "",
         "| " + " | ".join(title for title, _ in _COLUMNS) + " |",
         "|" + " --- |" * len(_COLUMNS),
@@ -585,21 +591,24 @@ def _plain(row: Row) -> dict[str, Any]:
 def _read(lines: Iterable[str]) -> dict[str, Row]:
     rows = {}
     for line in lines:
-        data = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
-        rows[data["name"]] = Row(**data)
+        data = json.loads(line)
+        row = Row(**{key: math.nan if value is None else value for key, value in data.items()})
+        rows[row.name] = row
     return rows
 
 
 # -- the sweep ----------------------------------------------------------------------------------
 
 
-def run_one(zoo: str, name: str, size: int) -> Row:
+def run_one(zoo: str, name: str, size: int, debug: bool = False) -> Row:
     row = Row(name)
     try:
         check(row, *build(zoo, name, size))
         judge(row)
     except Exception as error:
         row.verdict, row.reason = "failed", _first_line(error)
+        if debug:
+            traceback.print_exc()
     finally:
         torch._dynamo.reset()
         gc.collect()
@@ -613,6 +622,7 @@ def main(
     size: Annotated[int, typer.Option(help="side of images where a model allows it")] = IMAGE_SIZE,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
     resume: Annotated[bool, typer.Option(help="keep rows of an interrupted sweep")] = False,
+    debug: Annotated[bool, typer.Option(help="print the tracebacks of failures")] = False,
 ) -> None:
     """Check a zoo; results of a complete sweep go to benchmarks/results, of a part to --out."""
     if zoo not in ZOOS:
@@ -635,7 +645,7 @@ def main(
     for name in names:
         if name in rows:
             continue
-        rows[name] = row = run_one(zoo, name, size)
+        rows[name] = row = run_one(zoo, name, size, debug)
         show(console, row, header=shown == 0)
         shown += 1
         if log is not None:

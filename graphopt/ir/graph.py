@@ -88,6 +88,8 @@ class Graph:
         self._reads: dict[str, fx.Node] = {
             str(node.target): node for node in self.fx.nodes if node.op == "get_attr"
         }
+        self._modules = {one for name in self.states for one in _prefixes(name)}
+        self._first: fx.Node | None = None
         self.mutated = frozenset(
             str(argument.target)
             for node in self.fx.nodes
@@ -146,10 +148,10 @@ class Graph:
         return node
 
     def _head(self) -> fx.Node:
-        for node in self.fx.nodes:
-            if node.op not in ("placeholder", "get_attr"):
-                return node
-        raise GraphError("the graph has no output")
+        """The first node that is neither an input nor a state; states are read before it."""
+        if self._first is None or self._first._erased:
+            self._first = next(n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr"))
+        return self._first
 
     def add_state(self, name: str, state: State) -> fx.Node:
         """Store a new state under `name`, or under `name_1`, ... where that is taken."""
@@ -159,16 +161,16 @@ class Graph:
 
     def _free(self, name: str) -> str:
         free, count = name, 0
-        while free in self.states or free in self.aliases or self._shadows(free):
+        while not self._is_free(free):
             count += 1
             free = f"{name}_{count}"
+        self._modules.update(_prefixes(free))
         return free
 
-    def _shadows(self, name: str) -> bool:
-        """Whether a dotted name would need a module where a tensor is, or the reverse."""
-        parts = name.split(".")
-        prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
-        return any(one in prefixes or one.startswith(name + ".") for one in self.states)
+    def _is_free(self, name: str) -> bool:
+        """Whether a state may get this name: unused, no module has it, no tensor is on its path."""
+        taken = name in self.states or name in self.aliases or name in self._modules
+        return not taken and not any(one in self.states for one in _prefixes(name))
 
     def rename_state(self, name: str, wish: str) -> str:
         """Rename a state, to `wish` or the nearest free name. Returns the new name."""
@@ -178,6 +180,7 @@ class Graph:
         self.states[free] = state
         if node is not None:
             node.target = free
+            node._rename(free.replace(".", "_"))
             self._reads[free] = node
         return free
 
@@ -219,6 +222,12 @@ class Graph:
         from graphopt.ir.printer import text
 
         return text(self)
+
+
+def _prefixes(name: str) -> list[str]:
+    """The modules on the path of a dotted name."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 # -- facts about nodes ------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def hint(size: Any) -> int:
     if isinstance(size, int):
         return size
     found = size.node.expr.xreplace(_EXAMPLE.get())
-    if found.is_Integer:
+    if isinstance(found, int) or found.is_Integer:
         return int(found)
     value = getattr(size.node, "hint", None)
     return int(value) if value is not None else 1
