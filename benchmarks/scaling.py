@@ -42,7 +42,9 @@ def main() -> None:
             samples[size].append((report.capture.seconds, passes, report.validation_seconds))
     rows = []
     for size in SIZES:
-        capture, passes, validation = (statistics.median(one) for one in zip(*samples[size], strict=True))
+        capture, passes, validation = (
+            statistics.median(one) for one in zip(*samples[size], strict=True)
+        )
         rows.append({"blocks": size, "capture s": round(capture, 2), "passes s": round(passes, 3),
                      "validation s": round(validation, 2),
                      "passes ms per block": round(1e3 * passes / size, 3)})  # fmt: skip

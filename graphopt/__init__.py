@@ -1,6 +1,6 @@
 """graphopt: the optimizing compiler for trained PyTorch models.
 
-    fast = graphopt.optimize(model, (x,))
+fast = graphopt.optimize(model, (x,))
 """
 
 from graphopt.artifact import ArtifactError as ArtifactError, load as load

@@ -172,7 +172,9 @@ def dismantle(module: OptimizedModule) -> Plain:
         for prefix, child in module.named_modules(remove_duplicate=False)
         for name in child._non_persistent_buffers_set
     }
-    named = [(name, one, "parameter") for name, one in module.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, Any, str]] = [
+        (name, one, "parameter") for name, one in module.named_parameters(remove_duplicate=False)
+    ]
     named += [(name, one, "buffer") for name, one in module.named_buffers(remove_duplicate=False)]
     for name, tensor, kind in named:
         if id(tensor) in first:
@@ -196,7 +198,9 @@ def dismantle(module: OptimizedModule) -> Plain:
         specs = [pytree.treespec_dumps(one) for one in (signature.in_spec, signature.out_spec)]
         inputs = [_encode(one) for one in signature.inputs]
     except (NotImplementedError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the structure of inputs or outputs cannot be saved: {error}") from error
+        raise ArtifactError(
+            f"the structure of inputs or outputs cannot be saved: {error}"
+        ) from error
     graph = {
         "nodes": nodes, "in_spec": specs[0], "out_spec": specs[1], "inputs": inputs,
         "parameters": _encode(signature.parameters), "names": list(signature.names),
@@ -206,7 +210,10 @@ def dismantle(module: OptimizedModule) -> Plain:
 
 
 def rebuild(
-    graph: dict[str, Any], tensors: dict[str, tuple[Any, ...]], report: dict[str, Any], training: bool
+    graph: dict[str, Any],
+    tensors: dict[str, tuple[Any, ...]],
+    report: dict[str, Any],
+    training: bool,
 ) -> OptimizedModule:
     """The inverse of `dismantle`."""
     from graphopt.backends.base import find
@@ -252,7 +259,9 @@ def _target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name) + "." + (node.target._schema.overload_name or "default")
+        return (
+            str(node.target._schema.name) + "." + (node.target._schema.overload_name or "default")
+        )
     name = _NAMES.get(node.target)
     if name is None:
         raise ArtifactError(f"{node.name}: {node.target} has no portable name")

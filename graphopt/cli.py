@@ -25,20 +25,25 @@ def _fail(error: Exception | str) -> NoReturn:
     raise typer.Exit(2)
 
 
+SOURCE = typer.Argument(
+    help="package.module:callable, torchvision:NAME, timm:NAME, a saved graphopt model, or a .pt2 "
+    "file (with --trust)."
+)
+OUTPUT = typer.Option("-o", "--output", help="Save the result here.")
+PASSES = typer.Option(help="A pipeline, as in canonicalize,fold-batch-norm; default: the mode's.")
+TRUST = typer.Option(help="Load a .pt2 file, which can execute code stored in it.")
+
+
 @app.command()
 def optimize(
-    source: Annotated[str, typer.Argument(
-        help="package.module:callable, torchvision:NAME, timm:NAME, a saved graphopt model, or a "
-        ".pt2 file (with --trust).")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the result here.")] = None,
+    source: Annotated[str, SOURCE],
+    output: Annotated[Path | None, OUTPUT] = None,
     mode: Annotated[str, typer.Option(help="deploy or tune.")] = "deploy",
-    passes: Annotated[str | None, typer.Option(
-        help="A pipeline such as canonicalize,fold-batch-norm, in place of the mode's own.")] = None,
+    passes: Annotated[str | None, PASSES] = None,
     backend: Annotated[str, typer.Option(help="eager, inductor, or auto.")] = "eager",
-    trust: Annotated[bool, typer.Option(
-        help="Load a .pt2 file, which can execute code stored in it.")] = False,
+    trust: Annotated[bool, TRUST] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Optimize a model and print the report."""
     # Everything that can be wrong with the command is checked before torch does any work.
     from rich.console import Console
@@ -60,7 +65,9 @@ def optimize(
             status.update(f"loading {source}")
             model, args, kwargs = load_source(source, trust=trust)
             if not args and not kwargs and graphopt.declared_inputs(model) == (None, None):
-                _fail(f"{source} declares no example inputs; let the callable return (model, inputs)")
+                _fail(
+                    f"{source} declares no example inputs; let the callable return (model, inputs)"
+                )
         except (graphopt.PassError, graphopt.PipelineError, BackendError, SourceError,
                 graphopt.ArtifactError) as error:  # fmt: skip
             _fail(error)

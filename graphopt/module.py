@@ -31,6 +31,14 @@ class OptimizedModule(nn.Module):
         graph_module: the plain `torch.fx.GraphModule`; None if the model was captured by region.
     """
 
+    _inner: Any
+    _signature: Any
+    _report: Any
+    _lower: Any
+    _run: Any
+    _fallback: Any
+    _pending: Any
+
     def __init__(
         self, inner: nn.Module, signature: Signature | None, report: Report,
         lower: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
@@ -161,7 +169,7 @@ class OptimizedModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModule:
         before = _place(self)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._fallback is not None:
             self._fallback._apply(fn)
         after = _place(self)
@@ -172,12 +180,15 @@ class OptimizedModule(nn.Module):
             self.__dict__["_run"] = None
         return self
 
-    def __reduce__(self) -> Any:
-        if self._pending is not None or self.graph_module is None:
-            return super().__reduce_ex__(2)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copying and pickling take the graph apart as `save` does; tensors stay tensors."""
+        if self._pending is not None:
+            raise RuntimeError("not captured yet: call the module once before copying it")
+        if self.graph_module is None:
+            return super().__reduce_ex__(protocol)
         from graphopt.artifact import dismantle, rebuild
 
-        return rebuild, dismantle(self)
+        return rebuild, dismantle(self), {"_fallback": self._fallback}
 
 
 def build(graph: Graph) -> fx.GraphModule:
@@ -189,7 +200,9 @@ def build(graph: Graph) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.fx.nodes:
         twin = code.node_copy(node, lambda one: mapping[one])
-        twin.meta = {key: node.meta[key] for key in ("where", "made_by", "type") if key in node.meta}
+        twin.meta = {
+            key: node.meta[key] for key in ("where", "made_by", "type") if key in node.meta
+        }
         if "val" in node.meta and (kind := describe_type(node.meta["val"])) is not None:
             twin.meta["type"] = kind
         mapping[node] = twin
@@ -228,9 +241,11 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, kind: str, saved: b
         root._parameters[field] = tensor  # type: ignore[assignment]
     else:
         root._buffers[field] = tensor
-        (root._non_persistent_buffers_set.discard if saved else root._non_persistent_buffers_set.add)(
-            field
-        )
+        (
+            root._non_persistent_buffers_set.discard
+            if saved
+            else root._non_persistent_buffers_set.add
+        )(field)
 
 
 def describe_type(value: Any) -> dict[str, Any] | None:
@@ -319,7 +334,9 @@ def _rearrange(
     return new_args, new_kwargs
 
 
-def _check_shape(name: str, kind: Mapping[str, Any], leaf: torch.Tensor, sizes: dict[str, int]) -> None:
+def _check_shape(
+    name: str, kind: Mapping[str, Any], leaf: torch.Tensor, sizes: dict[str, int]
+) -> None:
     expected = kind["shape"]
     ok = len(expected) == leaf.ndim
     if ok:

@@ -84,7 +84,9 @@ def optimize(
         raise TypeError(f"expected an nn.Module, found {type(model).__name__}")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
-    pipeline = passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
+    pipeline = (
+        passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
+    )
     if backend != "auto":
         backends.find(backend)
     options = Options(mode, pipeline, backend, dynamic_shapes, progress)
@@ -106,7 +108,9 @@ def _inputs(
     if isinstance(args, (tuple, list)):
         return tuple(args), kwargs
     if args is not None:
-        raise TypeError(f"args: expected a tuple of inputs or a tensor, found {type(args).__name__}")
+        raise TypeError(
+            f"args: expected a tuple of inputs or a tensor, found {type(args).__name__}"
+        )
     if kwargs is not None:
         return (), kwargs
     return declared_inputs(model)
@@ -146,7 +150,9 @@ def _on_first_call(source: nn.Module, options: Options) -> OptimizedModule:
     report = Report(type(source).__name__, options.mode, str(options.pipeline), options.backend,
                     Capture("not yet", 0.0))  # fmt: skip
     module = OptimizedModule(source, None, report)
-    module.__dict__["_pending"] = lambda inner, args, kwargs: _optimize(inner, args, kwargs, options)
+    module.__dict__["_pending"] = lambda inner, args, kwargs: _optimize(
+        inner, args, kwargs, options
+    )
     return module
 
 

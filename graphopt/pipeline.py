@@ -93,7 +93,7 @@ def parse(text: str) -> Iterator[Stage]:
         match = _STAGE.match(compact, position)
         if match is None or match.end() == position:
             raise PipelineError(
-                f"cannot read the pipeline at {compact[position:position + 20]!r}; expected "
+                f"cannot read the pipeline at {compact[position : position + 20]!r}; expected "
                 "name{option=value,...} separated by commas"
             )
         if match.end() == len(compact) and compact.endswith(","):
@@ -163,7 +163,9 @@ def _spell(one: Pass) -> str:
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
         if value != field.default:
-            changed.append(f"{field.name}={str(value).lower() if value is True or value is False else value}")
+            changed.append(
+                f"{field.name}={str(value).lower() if value is True or value is False else value}"
+            )
     name = one.name or type(one).__name__
     return f"{name}{{{','.join(changed)}}}" if changed else name
 

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from graphopt.ir.capture import CaptureError, clone_inputs, copy_module, first_line, untouched
+from graphopt.ir.driver import Record
 from graphopt.module import OptimizedModule
 from graphopt.report import Report
 from graphopt.verify.model import relative_error
@@ -36,13 +37,38 @@ def optimize_regions(
         report.capture.notes.append(f"no region was used: {problem}")
         report.regions = {}
         shell = copy_module(source)
+    report.refused += list(_eager_norms(shell))
     for path, region in report.regions.items():
-        for name in ("applied", "refused", "rolled_back"):
-            getattr(report, name).extend(
-                dataclasses.replace(one, where=f"{path}.{one.where}".rstrip("."))
-                for one in getattr(region, name)
-            )
+        _add_up(report, path, region)
     return OptimizedModule(shell, None, report)
+
+
+def _eager_norms(shell: nn.Module, path: str = "") -> Iterator[Record]:
+    """Batch norms outside every region, as refusals."""
+    for name, child in shell.named_children():
+        below = f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            reason = "it is in a part of the model that was not captured"
+            yield Record("fold-batch-norm", below, "Algebraic", reason)
+        elif not isinstance(child, OptimizedModule):
+            yield from _eager_norms(child, below)
+
+
+def _add_up(report: Report, path: str, region: Report) -> None:
+    """Enter what happened in a region into the report of the whole."""
+    for name in ("applied", "refused", "rolled_back"):
+        getattr(report, name).extend(
+            dataclasses.replace(one, where=f"{path}.{one.where}".rstrip("."))
+            for one in getattr(region, name)
+        )
+    for name in ("before", "after"):
+        mine, theirs = getattr(report, name), getattr(region, name)
+        setattr(report, name, theirs if mine is None else mine + theirs)
+    seconds = dict(report.passes)
+    for name, spent in region.passes:
+        seconds[name] = seconds.get(name, 0.0) + spent
+    report.passes = list(seconds.items())
+    report.validation_seconds += region.validation_seconds
 
 
 def _watch(
@@ -134,8 +160,8 @@ def _difference(
     try:
         with untouched(shell):
             found = pytree.tree_leaves(shell(*inputs[0], **inputs[1]))
-    except Exception as error:
-        return f"the model with regions raises {first_line(error)}"
+    except Exception as failure:
+        return f"the model with regions raises {first_line(failure)}"
     if len(found) != len(expected):
         return "the model with regions returns another structure"
     error = relative_error(found, expected)

@@ -88,7 +88,7 @@ def _on_constant(value: Value, by: Affine) -> Value:
     if by.scale is not None:
         result = times(result, by.broadcast(by.scale, value.ndim))
     if by.shift is not None:
-        result = widen(result) + widen(by.broadcast(by.shift, value.ndim))
+        result = plus(widen(result), by.broadcast(by.shift, value.ndim))  # type: ignore[assignment]
     return result.to(value.dtype)
 
 
@@ -127,7 +127,7 @@ def _(product: ops.Matmul, rw: Rewriter, by: Affine) -> Value:
     rw.require(product.right.is_constant, f"no operand of {describe(product.out)} is a parameter")
     right = product.right if by.scale is None else times(product.right, by.scale)
     result = rw.emit_like(product, right=right)
-    return result if by.shift is None else result + _as(by.shift, result)
+    return result if by.shift is None else result + by.shift.to(result.dtype)
 
 
 @_absorb.register
@@ -199,16 +199,16 @@ def _aligned(rw: Rewriter, term: Any, op: Any, by: Affine) -> Value:
 @_absorb.register
 def _(mul: ops.Mul, rw: Rewriter, by: Affine) -> Value:
     constant, other = (mul.left, mul.right) if _fixed(mul.left) else (mul.right, mul.left)
-    rw.require(
-        _fixed(constant) and isinstance(other, Value), f"{describe(mul.out)} multiplies activations"
-    )
+    if not isinstance(other, Value) or not _fixed(constant):
+        rw.decline(f"{describe(mul.out)} multiplies activations")
     if not isinstance(constant, Value):
-        scale = widen(by.scale) * constant if by.scale is not None else None
+        rw.require(by.scale is not None, f"{describe(mul.out)} scales by a number")
+        scale = widen(by.scale) * constant  # type: ignore[arg-type]
     else:
         factor = channel_vector(constant, mul.out, by.axis)
-        rw.require(factor is not None, f"the factor of {describe(mul.out)} is not per channel")
-        scale = factor if by.scale is None else times(by.scale, factor)  # type: ignore[arg-type]
-    rw.require(scale is not None, f"{describe(mul.out)} scales by a number")
+        if factor is None:
+            rw.decline(f"the factor of {describe(mul.out)} is not per channel")
+        scale = factor if by.scale is None else times(by.scale, factor)
     rw.require(_same_shape(other.shape, mul.out.shape), f"{describe(mul.out)} broadcasts its input")
     return absorb(rw, other, Affine(by.axis, scale, by.shift), mul)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return leaf
 
     args, kwargs = pytree.tree_map(double, (args, kwargs))
-    shapes = torch.export.ShapesCollection()
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
             shapes[leaf] = {0: torch.export.Dim.AUTO}
@@ -202,7 +203,7 @@ def _states(program: Any, model: nn.Module | None) -> tuple[dict[str, State], di
     ]
     if model is not None:
         # The module's own objects, tied names included, also those the graph does not read.
-        own = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+        own: list[tuple[str, Any, str]] = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
         own += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
         known = {name for name, _, _ in own}
         pool = own + [item for item in pool if item[0] not in known]
@@ -307,7 +308,6 @@ def disagreement(
     inputs = pytree.tree_leaves(clone_inputs(args, kwargs))
     with torch.no_grad():
         found = Interpreter(graph, writes=False).run(inputs)
-    found = [one for one in found]
     if len(found) != len(expected):
         return f"{len(found)} outputs, expected {len(expected)}"
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -367,14 +367,15 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns and logs about its own internals; its errors reach the user as reasons."""
+    """Export warns, logs and prints about its own internals; its errors become reasons."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx",
                "torch.fx.experimental.symbolic_shapes", "torch._dynamo")]  # fmt: skip
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        sink = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -28,6 +28,10 @@ class Cost:
     nodes: int
     batch_norms: int
 
+    def __add__(self, other: Cost) -> Cost:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
+
 
 def cost(graph: Graph, inputs: Sequence[Any] = ()) -> Cost:
     """The cost of one run on `inputs` (by default, on inputs as large as the graph was traced with)."""

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 
 from graphopt.ir.value import Value
 
@@ -78,18 +78,18 @@ def parameters_of(forward: Callable[..., Any]) -> tuple[tuple[str, int, Any], ..
 class Graph:
     """See the module docstring. `fx` may be read freely; edits go through a `Rewriter`."""
 
-    fx: fx.Graph
+    fx: torch.fx.Graph
     states: dict[str, State]
     signature: Signature
     fake_mode: FakeTensorMode
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # tied name -> its twin
 
     def __post_init__(self) -> None:
-        self._reads: dict[str, fx.Node] = {
+        self._reads: dict[str, Node] = {
             str(node.target): node for node in self.fx.nodes if node.op == "get_attr"
         }
         self._modules = {one for name in self.states for one in _prefixes(name)}
-        self._first: fx.Node | None = None
+        self._first: Node | None = None
         self.mutated = frozenset(
             str(argument.target)
             for node in self.fx.nodes
@@ -100,27 +100,28 @@ class Graph:
     # -- reading ------------------------------------------------------------------------------
 
     @property
-    def nodes(self) -> Iterator[fx.Node]:
+    def nodes(self) -> Iterator[Node]:
         return iter(self.fx.nodes)
 
     @property
-    def output(self) -> fx.Node:
-        return next(iter(reversed(self.fx.nodes)))
+    def output(self) -> Node:
+        last: Node = next(iter(reversed(self.fx.nodes)))
+        return last
 
     @property
-    def inputs(self) -> list[fx.Node]:
+    def inputs(self) -> list[Node]:
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     @property
-    def calls(self) -> list[fx.Node]:
+    def calls(self) -> list[Node]:
         return [node for node in self.fx.nodes if node.op == "call_function"]
 
-    def where(self, node: fx.Node) -> str:
+    def where(self, node: Node) -> str:
         if node.op == "get_attr":
             return str(node.target)
         return str(node.meta.get("where", ""))
 
-    def is_constant(self, node: fx.Node) -> bool:
+    def is_constant(self, node: Node) -> bool:
         """Whether a value depends on unwritten states and literals alone, without randomness."""
         known = node.meta.get("constant")
         if known is None:
@@ -135,7 +136,7 @@ class Graph:
 
     # -- states -------------------------------------------------------------------------------
 
-    def read(self, name: str) -> fx.Node:
+    def read(self, name: str) -> Node:
         """The one node that reads state `name`, made on first use at the head of the graph."""
         node = self._reads.get(name)
         if node is None or node._erased:
@@ -147,13 +148,13 @@ class Graph:
             self._reads[name] = node
         return node
 
-    def _head(self) -> fx.Node:
+    def _head(self) -> Node:
         """The first node that is neither an input nor a state; states are read before it."""
         if self._first is None or self._first._erased:
             self._first = next(n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr"))
         return self._first
 
-    def add_state(self, name: str, state: State) -> fx.Node:
+    def add_state(self, name: str, state: State) -> Node:
         """Store a new state under `name`, or under `name_1`, ... where that is taken."""
         free = self._free(name)
         self.states[free] = state
@@ -209,8 +210,8 @@ class Graph:
 
     def clone(self) -> Graph:
         """An independent graph over the same state tensors."""
-        copy = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
+        copy = torch.fx.Graph()
+        mapping: dict[Node, Node] = {}
         for node in self.fx.nodes:
             twin = copy.node_copy(node, lambda one: mapping[one])
             twin.meta = dict(node.meta)
@@ -237,7 +238,7 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def is_random(node: fx.Node) -> bool:
+def is_random(node: Node) -> bool:
     if not is_overload(node.target):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
@@ -253,7 +254,7 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
-def written(node: fx.Node) -> list[fx.Node]:
+def written(node: Node) -> list[Node]:
     """The arguments whose memory a node writes."""
     if node.op != "call_function" or not is_overload(node.target):
         return []
@@ -266,10 +267,10 @@ def written(node: fx.Node) -> list[fx.Node]:
             found.append(given)
     if _updates_statistics(node):
         found += [node.args[3], node.args[4]]
-    return [one for one in found if isinstance(one, fx.Node)]
+    return [one for one in found if isinstance(one, Node)]
 
 
-def _updates_statistics(node: fx.Node) -> bool:
+def _updates_statistics(node: Node) -> bool:
     """aten.batch_norm and instance_norm write their running statistics, whatever the schema says."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     return name in ("aten::batch_norm", "aten::instance_norm") and len(node.args) > 5 and bool(
@@ -277,7 +278,7 @@ def _updates_statistics(node: fx.Node) -> bool:
     )
 
 
-def is_pure(node: fx.Node) -> bool:
+def is_pure(node: Node) -> bool:
     """Whether running a call has no effect but its result, which is a function of its inputs."""
     if node.op != "call_function":
         return node.op == "get_attr"

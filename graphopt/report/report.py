@@ -77,9 +77,12 @@ class Report:
                 "rolled_back": records("rolled_back"),
                 "before": Cost(**data["before"]) if data["before"] else None,
                 "after": Cost(**data["after"]) if data["after"] else None,
-                "check": check and ModelCheck(
-                    **{k: v if k == "reason" else number(v) for k, v in check.items()}
-                ),
+                "check": ModelCheck(
+                    **{key: number(value) for key, value in check.items() if key != "reason"},
+                    reason=check["reason"],
+                )
+                if check
+                else None,
                 "passes": [tuple(one) for one in data["passes"]],
                 "regions": {k: cls.from_dict(v) for k, v in data["regions"].items()},
             }
@@ -106,7 +109,7 @@ def _lines(report: Report) -> list[str]:
     lines.append(f"  captured   by {capture.method} in {capture.seconds:.2f} s")
     lines += [f"             note: {note}" for note in capture.notes]
     for path, reason in capture.left_out.items():
-        lines.append(f"             left eager: {path or '(the whole model)'}: {reason}")
+        lines.append(f"             left eager: {path or '(the whole model)'}: {reason:.160}")
     if report.before is not None and report.after is not None:
         before, after = report.before, report.after
         lines.append(
@@ -132,7 +135,9 @@ def _lines(report: Report) -> list[str]:
         lines += [f"    {one.rewrite} at {one.where or one.node}: {one.reason}"
                   for one in records[:SHOWN]]  # fmt: skip
         if len(records) > SHOWN:
-            lines.append(f"    ... and {len(records) - SHOWN} more in report.{title.replace(' ', '_')}")
+            lines.append(
+                f"    ... and {len(records) - SHOWN} more in report.{title.replace(' ', '_')}"
+            )
     if report.check is not None:
         check = report.check
         lines.append(

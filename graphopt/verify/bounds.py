@@ -53,7 +53,9 @@ class Site:
         bound = None
         if not _is_floating(value):
             bound = _abs(value)  # integers and booleans carry no rounding
-        elif op is not None and all(self.magnitudes[one] is not None for one in node.all_input_nodes):
+        elif op is not None and all(
+            self.magnitudes[one] is not None for one in node.all_input_nodes
+        ):
             bound = op.magnitude(
                 lambda v: self.values[v.node],
                 lambda v: self.magnitudes[v.node],

@@ -1,4 +1,4 @@
-"""The whole model: the rewritten graph against the captured one, in float64 and in its own dtype."""
+"""The whole model: the rewritten graph against the captured one, in float64 and in its dtype."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: floa
 
 
 def relative_error(found: Sequence[Any], truth: Sequence[Any]) -> float:
-    """The largest relative 2-norm error over paired outputs; inf where shapes or integers differ."""
+    """The largest relative 2-norm error over paired outputs; inf where shapes differ."""
     worst = 0.0
     for a, b in zip(found, truth, strict=True):
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):

@@ -20,6 +20,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, seeded
 from graphopt.verify.bounds import Site
 
+
 class SiteValidator:
     """Checks sites on example inputs."""
 
@@ -55,7 +56,9 @@ class SiteValidator:
         shared, inner = cut(old, new)
         plain = Interpreter(self.graph, writes=False)
         try:
-            env = {node: _like(self._evaluator.evaluate(node), node.meta.get("val")) for node in shared}
+            env = {
+                node: _like(self._evaluator.evaluate(node), node.meta.get("val")) for node in shared
+            }
             for node in inner:
                 env[node] = seeded(plain, node, env)
         except Exception as error:
@@ -156,4 +159,3 @@ def _like(value: Any, fake: Any) -> Any:
 
 def _leaves(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
-

@@ -75,7 +75,7 @@ class Conv(Multilinear, Op):
 
         def spread(sizes: Any) -> tuple[int, ...]:
             sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-            return sizes * rank if len(sizes) == 1 else sizes
+            return tuple(sizes * rank if len(sizes) == 1 else sizes)
 
         padding, dilation = call["padding"], spread(call["dilation"])
         if padding == "valid":
@@ -119,11 +119,13 @@ class Conv(Multilinear, Op):
 
     @property
     def out_channels(self) -> int:
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+        shape = self.weight.shape
+        return int(shape[1] * self.groups if self.transposed else shape[0])
 
     @property
     def in_channels(self) -> int:
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+        shape = self.weight.shape
+        return int(shape[0] if self.transposed else shape[1] * self.groups)
 
     @property
     def pads(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from torch import fx
@@ -76,7 +76,7 @@ class Op:
 
     def replace(self, **changes: Any) -> Any:
         """A new, not yet emitted op with some fields changed."""
-        return dataclasses.replace(self, out=None, **changes)
+        return dataclasses.replace(self, out=None, **changes)  # type: ignore[arg-type]
 
     # -- facts: an entry overrides what it knows --------------------------------------------------
 
@@ -111,7 +111,7 @@ class Call:
 
     def __init__(self, node: fx.Node, builder: Builder) -> None:
         self.node = node
-        self.target = node.target
+        self.target: Any = node.target
         self.out = Value(node, builder)
         self.builder = builder
         self.arguments: dict[str, Any] = {}
@@ -165,11 +165,12 @@ def overload(name: str) -> Target | None:
 OpClass = TypeVar("OpClass", bound=type[Op])
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 def op(*names: str) -> Callable[[OpClass], OpClass]:
     """Enter a class into the table under the named ATen overloads."""
 
     def enter(cls: OpClass) -> OpClass:
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # type: ignore[assignment]
         found = tuple(target for name in names if (target := overload(name)) is not None)
         cls.targets = found
         for target in found:

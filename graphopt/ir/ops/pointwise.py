@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ def _exact(operand: Operand, value: Any) -> Any:
     return value(operand) if isinstance(operand, Value) else operand
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Binary(Op):
     """Two operands, tensors or numbers, with broadcasting and type promotion."""
 
@@ -33,6 +35,7 @@ class Binary(Op):
         return float(numel(self.out))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Arithmetic(Binary):
     """Shared reading and writing of the `.Tensor`, `.Scalar` and reversed overloads."""
 

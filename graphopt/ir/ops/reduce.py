@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ def _dims(call: Call) -> tuple[int, ...]:
     return tuple(sorted(_dim(dim, ndim) for dim in dims))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Reduce(Multilinear, Op):
     """Axes `dims` (never negative) summed up or averaged, in `dtype` where given."""
 
@@ -181,7 +183,7 @@ class Upsample(Op):
 
     @property
     def reduction(self) -> int:
-        return 4**self.rank
+        return int(4**self.rank)
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
         if "cubic" not in str(self.kind):

@@ -1,0 +1,26 @@
+"""Settings that every test runs under: hypothesis profiles, one thread, fixed seeds."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_COMMON = {
+    "deadline": None,  # the first capture in a process imports half of torch
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    "print_blob": True,
+}
+hypothesis.settings.register_profile("dev", max_examples=25, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("nightly", max_examples=2000, **_COMMON)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
