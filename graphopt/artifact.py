@@ -9,6 +9,7 @@ the old artifact (or none), never half of one.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import math
@@ -58,7 +59,8 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.exists() and not (target / "manifest.json").is_file():
         raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
-    graph, tensors, report, training = dismantle(module)
+    graph, signature, tensors, report, training = dismantle(module)
+    graph["signature"] = _encode_signature(signature)
     graph["tensors"] = {name: entry[1:] for name, entry in tensors.items()}
     graph["training"] = training
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,8 @@ def load(path: str | os.PathLike[str]) -> OptimizedModule:
     try:
         loaded = load_file(source / "weights.safetensors")
         tensors = {name: (loaded[name], *entry) for name, entry in graph.pop("tensors").items()}
-        return rebuild(graph, tensors, manifest["report"], graph.pop("training"))
+        signature = _decode_signature(graph.pop("signature"))
+        return rebuild(graph, signature, tensors, manifest["report"], graph.pop("training"))
     except (KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"{source}: not readable as an artifact: {error!r}") from error
 
@@ -153,11 +156,12 @@ def _sha256(path: Path) -> str:
 
 # -- module <-> plain data ----------------------------------------------------------------------
 
-Plain = tuple[dict[str, Any], dict[str, tuple[Any, ...]], dict[str, Any], bool]
+Plain = tuple[dict[str, Any], Signature, dict[str, tuple[Any, ...]], dict[str, Any], bool]
 
 
 def dismantle(module: OptimizedModule) -> Plain:
-    """(graph as plain data, tensors with (kind, saved, requires_grad), report, training flag)."""
+    """Graph as plain data, signature, tensors with (kind, saved, requires_grad), report as data,
+    training flag."""
     gm = module.graph_module
     if gm is None:
         raise ArtifactError(
@@ -194,23 +198,13 @@ def dismantle(module: OptimizedModule) -> Plain:
             **{key: _encode(node.meta[key]) for key in ("where", "made_by", "type")
                if key in node.meta},
         })  # fmt: skip
-    try:
-        specs = [pytree.treespec_dumps(one) for one in (signature.in_spec, signature.out_spec)]
-        inputs = [_encode(one) for one in signature.inputs]
-    except (NotImplementedError, TypeError, KeyError) as error:
-        raise ArtifactError(
-            f"the structure of inputs or outputs cannot be saved: {error}"
-        ) from error
-    graph = {
-        "nodes": nodes, "in_spec": specs[0], "out_spec": specs[1], "inputs": inputs,
-        "parameters": _encode(signature.parameters), "names": list(signature.names),
-        "aliases": aliases, "backend": module.report.backend,
-    }  # fmt: skip
-    return graph, tensors, module.report.to_dict(), module.training
+    graph = {"nodes": nodes, "aliases": aliases, "backend": module.report.backend}
+    return graph, signature, tensors, module.report.to_dict(), module.training
 
 
 def rebuild(
     graph: dict[str, Any],
+    signature: Signature,
     tensors: dict[str, tuple[Any, ...]],
     report: dict[str, Any],
     training: bool,
@@ -229,17 +223,6 @@ def rebuild(
             key: _decode(entry[key], nodes) for key in ("where", "made_by", "type") if key in entry
         }
         nodes[entry["name"]] = node
-    try:
-        specs = [pytree.treespec_loads(graph[key]) for key in ("in_spec", "out_spec")]
-    except Exception as error:
-        raise ArtifactError(
-            f"the saved model uses a structure that is not registered here ({error}); import the "
-            "library that defines it first"
-        ) from error
-    signature = Signature(
-        specs[0], specs[1], tuple(_decode(one, nodes) for one in graph["inputs"]),
-        tuple(map(tuple, _decode(graph["parameters"], nodes))), tuple(graph["names"]),
-    )  # fmt: skip
     states = {}
     for name, (tensor, kind, saved, grad) in tensors.items():
         if kind == "parameter" and not isinstance(tensor, nn.Parameter):
@@ -253,6 +236,63 @@ def rebuild(
     module = OptimizedModule(inner, signature, result, find(graph["backend"]).lower_again(result))
     module.training = training
     return module
+
+
+def _encode_signature(signature: Signature) -> dict[str, Any]:
+    """A signature as JSON. Named tuples are saved by name and fields, so that loading needs no
+    import of the module that defines them."""
+    tuples: dict[str, Any] = {}
+    for spec in (signature.in_spec, signature.out_spec):
+        for cls in _named_tuples(spec):
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            tuples[name] = [cls.__name__, list(cls._fields)]
+            _register(cls, name)
+    try:
+        return {
+            "in_spec": pytree.treespec_dumps(signature.in_spec),
+            "out_spec": pytree.treespec_dumps(signature.out_spec),
+            "inputs": [_encode(one) for one in signature.inputs],
+            "parameters": _encode(signature.parameters),
+            "names": list(signature.names),
+            "named_tuples": tuples,
+        }
+    except (NotImplementedError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"the structure of inputs or outputs cannot be saved: {error}"
+        ) from error
+
+
+def _decode_signature(data: dict[str, Any]) -> Signature:
+    for name, (title, fields) in data["named_tuples"].items():
+        if name not in _registered():
+            _register(collections.namedtuple(title, fields), name)
+    try:
+        specs = [pytree.treespec_loads(data[key]) for key in ("in_spec", "out_spec")]
+    except Exception as error:
+        raise ArtifactError(
+            f"the saved model uses a structure that is not registered here ({error}); import the "
+            "library that defines it first"
+        ) from error
+    inputs = tuple(_decode(one, {}) for one in data["inputs"])
+    parameters = tuple(map(tuple, _decode(data["parameters"], {})))
+    return Signature(specs[0], specs[1], inputs, parameters, tuple(data["names"]))
+
+
+def _named_tuples(spec: Any) -> list[Any]:
+    found = [spec.context] if spec.type is collections.namedtuple else []
+    for child in spec.children():
+        found += _named_tuples(child)
+    return found
+
+
+def _registered() -> Any:
+    return pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+
+
+def _register(cls: Any, name: str) -> None:
+    """Let torch's pytree name a named tuple in saved structures."""
+    if name not in _registered():
+        pytree._register_namedtuple(cls, serialized_type_name=name)
 
 
 def _target_name(node: fx.Node) -> str:

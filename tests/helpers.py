@@ -69,8 +69,16 @@ def relative_error(found: Any, truth: Any) -> float:
         assert a.dtype == b.dtype, f"dtype {a.dtype}, expected {b.dtype}"
         if b.numel():
             scale = max(float(b.detach().double().abs().max()), 1e-3)
-            worst = max(worst, float((a.detach().double() - b.detach().double()).abs().max()) / scale)
+            worst = max(
+                worst, float((a.detach().double() - b.detach().double()).abs().max()) / scale
+            )
     return worst
+
+
+def assert_equal(found: Any, truth: Any, limit: float = EXACT) -> None:
+    """Equal up to float64 rounding."""
+    error = relative_error(found, truth)
+    assert error <= limit, f"relative error {error:.1e}, expected at most {limit:.0e}"
 
 
 def output_of(model: nn.Module, inputs: Iterable[Tensor]) -> Any:
@@ -83,7 +91,9 @@ def gradients(model: nn.Module, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
     """Gradients of a fixed random functional of the outputs, on a copy; zero where there is none."""
     model = copy.deepcopy(model)
     outputs = leaves(model(*inputs))
-    loss = sum((one * tensor(*one.shape, seed=7 + i).to(one)).sum() for i, one in enumerate(outputs))
+    loss = sum(
+        (one * tensor(*one.shape, seed=7 + i).to(one)).sum() for i, one in enumerate(outputs)
+    )
     parameters = dict(model.named_parameters())
     found = (
         torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -100,7 +110,9 @@ def gradient_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
     """The largest relative difference over parameters. A gradient that is tiny beside the others
     counts as 1e-4 of the largest: it is the rounding of a zero."""
     assert sorted(found) == sorted(truth)
-    floor = 1e-4 * max((float(one.abs().max()) for one in truth.values() if one.numel()), default=0.0)
+    floor = 1e-4 * max(
+        (float(one.abs().max()) for one in truth.values() if one.numel()), default=0.0
+    )
     worst = 0.0
     for name, expected in truth.items():
         if expected.numel():
@@ -134,6 +146,7 @@ def norm_nodes(fast: graphopt.OptimizedModule) -> list[Any]:
 
 
 def norms_left(fast: graphopt.OptimizedModule) -> int:
+    """How many batch (or statistics-keeping instance) norms the graph still has."""
     return len(norm_nodes(fast))
 
 

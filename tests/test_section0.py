@@ -18,13 +18,13 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import graphopt
 from tests.helpers import (
     EXACT,
+    assert_equal,
     gradient_error,
     gradients,
     norms_left,
     output_of,
     prepare,
     reasons,
-    relative_error,
     snapshot,
     tensor,
 )
@@ -177,8 +177,6 @@ def parametrized(by: Callable[..., nn.Module], conv: nn.Module) -> nn.Sequential
     return nn.Sequential(by(conv), nn.BatchNorm2d(conv.out_channels))
 
 
-
-
 FOLDED = [
     Case("conv1d", lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5)), (2, 4, 9)),
     Case("conv2d", pair),
@@ -270,7 +268,7 @@ def test_folds(case: Case, mode: str) -> None:
     model, x, fast = optimized(case, mode)
     assert norms_left(fast) == 0, reasons(fast)
     assert fast.report.rolled_back == []
-    assert relative_error(fast(x), output_of(model, (x,))) <= EXACT
+    assert_equal(fast(x), output_of(model, (x,)))
     if mode == "tune":
         assert gradient_error(gradients(fast, (x,)), gradients(model, (x,))) <= EXACT
 
@@ -282,7 +280,7 @@ def test_refuses_with_a_reason(case: Case, mode: str) -> None:
     assert norms_left(fast) == case.left
     assert case.reason in reasons(fast)
     assert fast.report.rolled_back == []
-    assert relative_error(fast(x), output_of(model, (x,))) <= EXACT
+    assert_equal(fast(x), output_of(model, (x,)))
     if mode == "tune":
         assert gradient_error(gradients(fast, (x,)), gradients(model, (x,))) <= EXACT
 
@@ -292,7 +290,7 @@ def test_one_conv_called_for_two_norms_is_right(mode: str) -> None:
     """Either both norms fold, into two copies, or both stay behind one merged convolution."""
     model, x, fast = optimized(Case("", OneConvTwoNormsCalledTwice), mode)
     assert norms_left(fast) == 0 or "used elsewhere" in reasons(fast)
-    assert relative_error(fast(x), output_of(model, (x,))) <= EXACT
+    assert_equal(fast(x), output_of(model, (x,)))
 
 
 @pytest.mark.parametrize("mode", ["deploy", "tune"])
@@ -308,10 +306,10 @@ def test_training_norm_stays_and_keeps_learning_its_statistics(mode: str) -> Non
     assert torch.equal(fast.state_dict()["1.running_mean"], model[1].running_mean)
     for step in range(3):
         y = tensor(*IMAGE, seed=step)
-        assert relative_error(fast(y), model(y)) <= EXACT
+        assert_equal(fast(y), model(y))
     after = fast.state_dict()
-    assert relative_error(after["1.running_mean"], model[1].running_mean) <= EXACT
-    assert relative_error(after["1.running_var"], model[1].running_var) <= EXACT
+    assert_equal(after["1.running_mean"], model[1].running_mean)
+    assert_equal(after["1.running_var"], model[1].running_var)
     assert int(after["1.num_batches_tracked"]) == int(model[1].num_batches_tracked) == 3
 
 
@@ -325,7 +323,7 @@ def test_model_in_training_mode(mode: str) -> None:
     assert norms_left(fast) == 2
     assert "model.eval()" in reasons(fast, "bn1")
     assert "model.eval()" in reasons(fast, "bn2")
-    assert relative_error(fast(x), output_of(model, (x,))) <= EXACT
+    assert_equal(fast(x), output_of(model, (x,)))
 
 
 @pytest.mark.parametrize("mode", ["deploy", "tune"])
@@ -336,7 +334,7 @@ def test_power_iteration_of_a_training_spectral_norm(mode: str) -> None:
     x = tensor(*IMAGE)
     fast = graphopt.optimize(model, (x,), mode=mode)
     for _ in range(3):
-        assert relative_error(fast(x), model(x)) <= EXACT
+        assert_equal(fast(x), model(x))
 
 
 class Branch(nn.Module):
@@ -358,7 +356,7 @@ def test_training_norm_beside_a_branch_on_data(mode: str) -> None:
     assert "training" in reasons(fast, "0.1")
     for step in range(3):
         x = tensor(*IMAGE, seed=step)
-        assert relative_error(fast(x), model(x)) <= EXACT
+        assert_equal(fast(x), model(x))
 
 
 def test_hooks_and_parametrizations_are_reported() -> None:

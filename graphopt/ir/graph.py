@@ -60,6 +60,9 @@ class Signature:
     parameters: tuple[tuple[str, int, Any], ...]
     names: tuple[str, ...]
 
+    def __deepcopy__(self, memo: Any) -> Signature:
+        return self  # immutable
+
 
 REQUIRED = "<required>"
 

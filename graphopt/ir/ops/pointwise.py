@@ -219,30 +219,24 @@ class PRelu(Activation):
     weight: Value
 
 
-@op("relu6.default")
-class Relu6(Activation):
-    """`min(max(input, 0), 6)`."""
-
-    lipschitz = True
-    input: Value
-
-
-@op("hardtanh.default")
-class Hardtanh(Activation):
-    """`clamp(input, min_val, max_val)` with numbers."""
-
-    input: Value
-    min_val: float = -1
-    max_val: float = 1
-
-
-@op("clamp.default")
+@op("clamp.default", "hardtanh.default", "relu6.default", "clamp_min.default",
+    "clamp_max.default", "clip.default")  # fmt: skip
 class Clamp(Activation):
-    """`input` limited to `[min, max]`; None is no limit."""
+    """`input` limited to `[min, max]`, numbers or None; covers hardtanh and relu6."""
 
     input: Value
     min: float | None = None
     max: float | None = None
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        if call.target._schema.name == "aten::relu6":
+            return cls(call["self"], 0.0, 6.0, out=call.out)
+        limits = [call.arguments.get(name, call.arguments.get(f"{name}_val")) for name in ("min", "max")]
+        return cls(call["self"], *limits, out=call.out)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return torch.maximum(magnitude(self.input), run(value).abs())
 
 
 @op("gelu.default")
