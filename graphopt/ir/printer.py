@@ -53,7 +53,9 @@ def line(graph: Graph, node: fx.Node) -> str:
         named = False
         for field in dataclasses.fields(op):
             value = getattr(op, field.name)
-            if field.name == "out" or _is_default(field, value):
+            if field.name == "out":
+                continue
+            if _is_default(field, value):
                 named = True
                 continue
             plain = isinstance(value, Value) or value is None
