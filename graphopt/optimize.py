@@ -195,9 +195,10 @@ def _rewrite(
     graph = run_pipeline(graph, inputs, options, report)
     module = build(graph)
     module.train(source.training)
-    _lower(module, graph, args, kwargs, options, report)
+    run = _lower(module, args, kwargs, options, report)
     lower = backends.find(report.backend).lower_again(report)
     result = OptimizedModule(module, graph.signature, report, lower)
+    result.__dict__["_run"] = run
     return result
 
 
@@ -245,12 +246,12 @@ def _sample(graph: Graph, inputs: list[Any]) -> list[Any]:
 
 
 def _lower(
-    module: Any, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any],
-    options: Options, report: Report,
-) -> None:  # fmt: skip
-    """Compile for the backend asked for, check it on the inputs, fall back to eager with a note."""
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, report: Report
+) -> Any:
+    """The callable of the backend asked for, checked on the inputs; eager, with a note, if none is
+    good."""
     if options.backend == "eager":
-        return
+        return module
     names = backends.candidates() if options.backend == "auto" else [backends.find(options.backend)]
     trainable = options.mode != "deploy"
 
@@ -286,7 +287,7 @@ def _lower(
     if not good:
         report.backend = "eager"
         report.backend_notes.append("running eager")
-        return
+        return module
     if options.backend == "auto":
         ranked = backends.choose(good, call)
         for row in report.backend_table:
@@ -294,6 +295,7 @@ def _lower(
                 round(1e3 * seconds, 3) for one, seconds in ranked if one.name == row["backend"]
             )
         report.backend = ranked[0][0].name
+    return next(run for backend, run in good if backend.name == report.backend)
 
 
 def _backend_limit(outputs: list[Any]) -> float:

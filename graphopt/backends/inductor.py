@@ -15,7 +15,9 @@ from torch import fx
 
 from graphopt.backends.base import Backend
 
-_FOLDED = ("aten::add", "aten::sub", "aten::mul", "aten::div")
+# Readers of a transposed convolution that do not decompose into arithmetic with constants.
+_HARMLESS = {"relu", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+             "conv_transpose3d", "convolution", "cat", "reshape", "permute", "max_pool2d"}  # fmt: skip
 
 
 def missing() -> str:
@@ -25,15 +27,18 @@ def missing() -> str:
 
 
 def may_freeze(module: fx.GraphModule) -> bool:
-    """Whether no elementwise arithmetic follows a transposed convolution."""
-    for node in module.graph.nodes:
-        name = getattr(getattr(node.target, "_schema", None), "name", "")
-        transposed = "conv_transpose" in name or (name == "aten::convolution" and node.args[6])
-        if transposed:
-            for user in node.users:
-                if getattr(getattr(user.target, "_schema", None), "name", "") in _FOLDED:
-                    return False
-    return True
+    """Whether no reader of a transposed convolution could be folded into it."""
+    return all(
+        user.op == "output" or _name(user) in _HARMLESS
+        for node in module.graph.nodes
+        if "conv_transpose" in _name(node) or (_name(node) == "convolution" and node.args[6])
+        for user in node.users
+    )
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.removeprefix("aten::") if schema is not None else ""
 
 
 def lower(module: fx.GraphModule, trainable: bool) -> Any:

@@ -22,6 +22,7 @@ from graphopt.ir.capture import capture
 from graphopt.ir.driver import Session
 from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.materialize import Materialize
+from graphopt.torchvision_ops import declare_missing_ops
 from tests.helpers import (
     EXACT,
     assert_equal,
@@ -305,6 +306,7 @@ def test_frozen_norm_written_out(frozen: type[nn.Module]) -> None:
 
 
 def test_frozen_norm_of_torchvision() -> None:
+    declare_missing_ops()  # in case torchvision was built for another torch
     ops = pytest.importorskip("torchvision.ops")
     model = nn.Sequential(conv(5), ops.FrozenBatchNorm2d(5))
     model[1].load_state_dict(FrozenBatchNorm(5).state_dict())
@@ -370,7 +372,7 @@ def test_norm_of_an_input_stays() -> None:
         Lambda(lambda y: y.mean((2, 3), keepdim=True)),
         Lambda(lambda y: y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
         Lambda(lambda y: y.clone()),
-        Lambda(lambda y: -y * 3),
+        Lambda(lambda y: y * 3),
     ],
     ids=lambda op: str(op).replace("\n", "") if not isinstance(op, Lambda) else None,
 )
@@ -437,6 +439,8 @@ def test_stays_behind(op: nn.Module, because: str) -> None:
         Lambda(lambda y: y * torch.tensor([1.0, -2.0, 0.0, 0.5]).double().reshape(4, 1, 1)),
         Lambda(lambda y: y + 1),
         Lambda(lambda y: 1 - y),
+        Lambda(lambda y: -y),
+        Lambda(lambda y: y / 3),
         Lambda(lambda y: y.cumsum(2)),
         Lambda(lambda y: y.unsqueeze(1).expand(-1, 1, -1, -1, -1).squeeze(1)),
         Lambda(lambda y: y.sum((2, 3), keepdim=True)),
@@ -804,7 +808,8 @@ def test_training_in_tune_mode_is_training_in_eval_mode() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["tune", "deploy"])
 def test_narrow_dtypes(mode: str, dtype: torch.dtype) -> None:
-    """The fold keeps dtypes, and is as near to the float64 truth as the model itself."""
+    """The fold keeps dtypes, and is about as near to the float64 truth as the model itself: what it
+    adds is the rounding of the folded weights."""
     model = prepare(block())
     x = tensor(*IMAGE).to(dtype)
     truth = output_of(model.to(dtype).double(), (x.double(),))
@@ -814,7 +819,7 @@ def test_narrow_dtypes(mode: str, dtype: torch.dtype) -> None:
     assert {one.dtype for one in fast.parameters()} == {dtype}
     assert fast(x).dtype == dtype
     own = relative_error(output_of(model, (x,)).double(), truth)
-    assert relative_error(output_of(fast, (x,)).double(), truth) <= 2 * own
+    assert relative_error(output_of(fast, (x,)).double(), truth) <= 2 * own + torch.finfo(dtype).eps
 
 
 # -- what the graph looks like ------------------------------------------------------------------
@@ -857,16 +862,70 @@ class Head(nn.Module):
 
 
 def test_golden_producer_side() -> None:
-    """Captured, then in Tune form (formulas of the parameters), then in Deploy form (their values)."""
+    """Captured; in Tune form, where the fold is a formula of the parameters; in Deploy form, where
+    the formula is a stored value."""
     x = tensor(2, 3, 9, 9)
-    print(printed(Pair(), x))
-    print(printed(Pair(), x, FoldBatchNorm()))
-    print(printed(Pair(), x, FoldBatchNorm(), Materialize()))
-    assert False
+    captured = golden("""
+        graph(x: f64[N, 3, 9, 9])
+          conv2d: f64[N, 8, 4, 4] = Conv(x, @conv.weight, None, stride=(2, 2), padding=(0, 0), dilation=(1, 1))  # conv
+          batch_norm: f64[N, 8, 4, 4] = BatchNorm(conv2d, @bn.weight, @bn.bias, @bn.running_mean, @bn.running_var, training=False, momentum=0.1, eps=1e-05)  # bn
+          return batch_norm
+    """)  # noqa: E501
+    tune = golden("""
+        graph(x: f64[N, 3, 9, 9])
+          add_tensor: f64[8] = Add(@bn.running_var, right=1e-05)  # bn
+          rsqrt_default: f64[8] = Rsqrt(add_tensor)  # bn
+          mul_tensor: f64[8] = Mul(@bn.weight, rsqrt_default)  # bn
+          mul_tensor_1: f64[8] = Mul(@bn.running_mean, mul_tensor)  # bn
+          sub_tensor: f64[8] = Sub(@bn.bias, mul_tensor_1)  # bn
+          reshape_default: f64[8, 1, 1, 1] = Reshape(mul_tensor, shape=(8, 1, 1, 1))  # bn
+          mul_tensor_2: f64[8, 3, 3, 3] = Mul(@conv.weight, reshape_default)  # bn
+          conv2d_1: f64[N, 8, 4, 4] = Conv(x, mul_tensor_2, sub_tensor, stride=(2, 2), padding=(0, 0), dilation=(1, 1))  # conv
+          return conv2d_1
+    """)  # noqa: E501
+    deploy = golden("""
+        graph(x: f64[N, 3, 9, 9])
+          conv2d_1: f64[N, 8, 4, 4] = Conv(x, @conv.weight, @conv.bias, stride=(2, 2), padding=(0, 0), dilation=(1, 1))  # conv
+          return conv2d_1
+    """)  # noqa: E501
+    assert printed(Pair(), x) == captured
+    assert printed(Pair(), x, FoldBatchNorm()) == tune
+    assert printed(Pair(), x, FoldBatchNorm(), Materialize()) == deploy
+
 
 def test_golden_consumer_side() -> None:
+    """Four channels of three pixels are twelve features: the scale is repeated for each."""
     x = tensor(2, 4, 3)
-    print(printed(Head(), x))
-    print(printed(Head(), x, FoldBatchNorm()))
-    print(printed(Head(), x, FoldBatchNorm(), Materialize()))
-    assert False
+    captured = golden("""
+        graph(x: f64[N, 4, 3])
+          batch_norm: f64[N, 4, 3] = BatchNorm(x, @bn.weight, @bn.bias, @bn.running_mean, @bn.running_var, training=False, momentum=0.1, eps=1e-05)  # bn
+          flatten: f64[N, 12] = Reshape(batch_norm, shape=(N, 12))
+          linear: f64[N, 2] = Linear(flatten, @fc.weight, @fc.bias)  # fc
+          return linear
+    """)  # noqa: E501
+    tune = golden("""
+        graph(x: f64[N, 4, 3])
+          add_tensor_1: f64[4] = Add(@bn.running_var, right=1e-05)  # fc
+          rsqrt_default_1: f64[4] = Rsqrt(add_tensor_1)  # fc
+          mul_tensor_2: f64[4] = Mul(@bn.weight, rsqrt_default_1)  # fc
+          mul_tensor_3: f64[4] = Mul(@bn.running_mean, mul_tensor_2)  # fc
+          sub_tensor_1: f64[4] = Sub(@bn.bias, mul_tensor_3)  # fc
+          repeat_interleave_self_int: f64[12] = RepeatInterleave(mul_tensor_2, repeats=3, dim=0)  # fc
+          repeat_interleave_self_int_1: f64[12] = RepeatInterleave(sub_tensor_1, repeats=3, dim=0)  # fc
+          flatten_1: f64[N, 12] = Reshape(x, shape=(-1, 12))
+          mul_tensor_4: f64[2, 12] = Mul(@fc.weight, repeat_interleave_self_int_1)  # fc
+          sum_dim_int_list: f64[2] = Sum(mul_tensor_4, dims=(1,))  # fc
+          add_tensor_2: f64[2] = Add(@fc.bias, sum_dim_int_list)  # fc
+          mul_tensor_5: f64[2, 12] = Mul(@fc.weight, repeat_interleave_self_int)  # fc
+          linear_1: f64[N, 2] = Linear(flatten_1, mul_tensor_5, add_tensor_2)  # fc
+          return linear_1
+    """)  # noqa: E501
+    deploy = golden("""
+        graph(x: f64[N, 4, 3])
+          flatten_1: f64[N, 12] = Reshape(x, shape=(-1, 12))
+          linear_1: f64[N, 2] = Linear(flatten_1, @fc.weight, @fc.bias)  # fc
+          return linear_1
+    """)
+    assert printed(Head(), x) == captured
+    assert printed(Head(), x, FoldBatchNorm()) == tune
+    assert printed(Head(), x, FoldBatchNorm(), Materialize()) == deploy
