@@ -64,7 +64,9 @@ def capture(
     attempts: dict[str, str] = {}
     for name, rung in _ladder(model, args, kwargs, dynamic_shapes):
         try:
-            with _quiet():
+            # A trace may run parts of the module for real. Gradients are on, or export would not
+            # see where the model turns them off.
+            with _quiet(), restored(model), torch.enable_grad():
                 program = rung()
             graph = from_exported(program, model, args, kwargs)
             difference = disagreement(graph, args, kwargs, expected) if deterministic else ""
@@ -268,15 +270,25 @@ def clone_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run a module with a fixed seed and put its buffers and the random state back afterwards."""
+def restored(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Fix the seed; afterwards put the module's buffers and the random state back."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """`restored`, without gradients: for running a module on example inputs."""
+    with restored(model, seed), torch.no_grad():
         yield
-        for buffer, value in kept:
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 def reference_run(

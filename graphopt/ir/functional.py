@@ -215,15 +215,21 @@ class Normalizer:
     def _write(self, source: fx.Node) -> None:
         target: Any = source.target
         schema = target._schema
-        writes = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
-        if writes != [0] or not schema.name.endswith("_"):
-            raise Unsupported(f"{target} writes to an argument other than its first")
-        destination: Any = source.args[0]
+        writes = [a for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        if len(writes) != 1:
+            raise Unsupported(f"{target} writes to {len(writes)} arguments")
+        args, kwargs = self._arguments(source)
+        if writes[0].name == "out":
+            destination: Any = source.kwargs["out"]
+            node = self._out(source, args, {k: v for k, v in kwargs.items() if k != "out"})
+        elif writes[0] is schema.arguments[0] and schema.name.endswith("_"):
+            destination = source.args[0]
+            node = self._functional(source, args, kwargs)
+        else:
+            raise Unsupported(f"{target} writes to its argument {writes[0].name}")
         if destination not in self.places:
             raise Unsupported(f"{target} writes to a value that is not a tensor")
         place = self.places[destination]
-        args, kwargs = self._arguments(source)
-        node = self._functional(source, args, kwargs)
         if schema.name in ("aten::detach_", "aten::t_"):
             self._define(source, node)
             self.places[destination] = self.places[source]
@@ -231,6 +237,21 @@ class Normalizer:
         self._scatter(place, node, source)
         place.cached = (place.cell.version, node)
         self.places[source] = place
+
+    def _out(self, source: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """The value that an `out=` overload writes, from the overload without it."""
+        target: Any = source.target
+        wanted = [(a.name, str(a.type)) for a in target._schema.arguments if a.name != "out"]
+        packet = target.overloadpacket
+        for name in packet.overloads():
+            twin = getattr(packet, name)
+            if [(a.name, str(a.type)) for a in twin._schema.arguments] == wanted:
+                node = self._emit(twin, args, kwargs, source)
+                like = source.meta["val"]
+                if node.meta["val"].dtype != like.dtype:
+                    node = self._emit(aten.to.dtype, (node, like.dtype), {}, source)
+                return node
+        raise Unsupported(f"{target} has no functional form")
 
     def _functional(self, source: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """The value that an in-place op leaves in its first argument."""

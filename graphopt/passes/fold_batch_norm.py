@@ -33,12 +33,12 @@ from graphopt.passes.base import RewritePass
 def fold_batch_norm(norm: ops.BatchNorm, rw: Rewriter) -> Value:
     """The scale and shift of a batch norm move into what computes its input."""
     rw.require(
-        not norm.training,
-        "it normalizes with batch statistics (training mode); call model.eval() before optimizing",
+        norm.running_mean is not None and norm.running_var is not None,
+        "it keeps no running statistics, so it normalizes with batch statistics in eval mode too",
     )
     rw.require(
-        not norm.uses_batch_statistics,
-        "it keeps no running statistics, so it normalizes with batch statistics in eval mode too",
+        not norm.training,
+        "it normalizes with batch statistics (training mode); call model.eval() before optimizing",
     )
     scale, shift = norm.scale_and_shift()
     return absorb(rw, norm.input, Affine(1, scale, shift), norm)
