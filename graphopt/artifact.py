@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from graphopt.ir.graph import Signature
 from graphopt.ir.ops.base import overload
-from graphopt.module import OptimizedModule, assemble, attach
+from graphopt.module import OptimizedModule, assemble
 from graphopt.report import Report
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
         raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
     graph, signature, tensors, report, training = dismantle(module)
     graph["signature"] = _encode_signature(signature)
-    graph["tensors"] = {name: entry[1:] for name, entry in tensors.items()}
+    graph["tensors"] = [[name, *entry[1:]] for name, entry in tensors.items()]  # in order
     graph["training"] = training
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str]) -> OptimizedModule:
     graph = _read_json(source / "graph.json")
     try:
         loaded = load_file(source / "weights.safetensors")
-        tensors = {name: (loaded[name], *entry) for name, entry in graph.pop("tensors").items()}
+        tensors = {name: (loaded[name], *entry) for name, *entry in graph.pop("tensors")}
         signature = _decode_signature(graph.pop("signature"))
         return rebuild(graph, signature, tensors, manifest["report"], graph.pop("training"))
     except (KeyError, TypeError, SafetensorError) as error:
@@ -228,10 +228,7 @@ def rebuild(
         if kind == "parameter" and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=grad)
         states[name] = (tensor, kind, saved)
-    root = nn.Module()
-    for name, state in states.items():
-        attach(root, name, *state)
-    inner = assemble(root, code, signature, states, graph["aliases"])
+    inner = assemble(code, signature, states, graph["aliases"])
     result = Report.from_dict(report)
     module = OptimizedModule(inner, signature, result, find(graph["backend"]).lower_again(result))
     module.training = training

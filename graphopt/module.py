@@ -44,7 +44,7 @@ class OptimizedModule(nn.Module):
         lower: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._adopt(inner)
+        adopt(self, inner)
         hidden: dict[str, Any] = {
             "_inner": inner,
             "_signature": signature,
@@ -56,11 +56,6 @@ class OptimizedModule(nn.Module):
         }
         self.__dict__.update(hidden)
         self.training = inner.training
-
-    def _adopt(self, inner: nn.Module) -> None:
-        """Own the very parameters, buffers and children of `inner`, under the same names."""
-        for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[registry] = inner.__dict__[registry]
 
     # -- what the user sees -------------------------------------------------------------------
 
@@ -191,40 +186,47 @@ class OptimizedModule(nn.Module):
         return rebuild, dismantle(self), {"_fallback": self._fallback}
 
 
+REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+def adopt(module: nn.Module, source: nn.Module) -> None:
+    """Make `module` own the very parameters, buffers and children of `source`."""
+    for registry in REGISTRIES:
+        module.__dict__[registry] = source.__dict__[registry]
+
+
 def build(graph: Graph) -> fx.GraphModule:
     """The plain FX module of a graph: its states under their names, pytrees in and out."""
-    root = nn.Module()
-    for name, state in graph.states.items():
-        attach(root, name, state.tensor, state.kind, state.saved)
     code = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.fx.nodes:
         twin = code.node_copy(node, lambda one: mapping[one])
-        twin.meta = {
-            key: node.meta[key] for key in ("where", "made_by", "type") if key in node.meta
-        }
-        if "val" in node.meta and (kind := describe_type(node.meta["val"])) is not None:
+        twin.meta = {key: node.meta[key] for key in ("where", "made_by") if key in node.meta}
+        if (kind := describe_type(node.meta.get("val"))) is not None:
             twin.meta["type"] = kind
         mapping[node] = twin
-    return assemble(root, code, graph.signature, {
-        name: (state.tensor, state.kind, state.saved) for name, state in graph.states.items()
-    }, graph.aliases)  # fmt: skip
+    states = {
+        name: (state.tensor, state.kind, state.saved)
+        for name, state in graph.in_source_order().items()
+    }
+    return assemble(code, graph.signature, states, graph.aliases)
 
 
 def assemble(
-    root: nn.Module, code: fx.Graph, signature: Signature,
-    states: Mapping[str, tuple[torch.Tensor, str, bool]], aliases: Mapping[str, str],
+    code: fx.Graph, signature: Signature, states: Mapping[str, tuple[torch.Tensor, str, bool]],
+    aliases: Mapping[str, str],
 ) -> fx.GraphModule:  # fmt: skip
     """A GraphModule over `code` that owns all of `states`, the unread ones and tied names too."""
+    root = nn.Module()
+    for name, state in states.items():
+        attach(root, name, *state)
+    for name, twin in aliases.items():
+        attach(root, name, *states[twin])
     code._codegen = _PyTreeCodeGen(
         _PyTreeInfo(_argument_names(signature), signature.in_spec, signature.out_spec)
     )
     module = fx.GraphModule(root, code, "OptimizedGraph")
-    for name, (tensor, kind, saved) in states.items():
-        attach(module, name, tensor, kind, saved)
-    for name, twin in aliases.items():
-        tensor, kind, saved = states[twin]
-        attach(module, name, tensor, kind, saved)
+    adopt(module, root)
     return module
 
 

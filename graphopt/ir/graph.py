@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -91,6 +92,7 @@ class Graph:
         self._reads: dict[str, Node] = {
             str(node.target): node for node in self.fx.nodes if node.op == "get_attr"
         }
+        self._source_order = {name: index for index, name in enumerate(self.states)}
         self._modules = {one for name in self.states for one in _prefixes(name)}
         self._first: Node | None = None
         self.mutated = frozenset(
@@ -194,6 +196,18 @@ class Graph:
         self.states = {name: state for name, state in self.states.items() if name in read}
         self.aliases = {name: twin for name, twin in self.aliases.items() if twin in read}
 
+    def in_source_order(self) -> dict[str, State]:
+        """The states, ordered as in the source model; new ones after the last of their module."""
+
+        def rank(name: str) -> tuple[float, str]:
+            new = last.get(name.rpartition(".")[0], math.inf)
+            return self._source_order.get(name, new), name
+
+        last: dict[str, float] = {}
+        for name, index in self._source_order.items():
+            last[name.rpartition(".")[0]] = index + 0.5
+        return {name: self.states[name] for name in sorted(self.states, key=rank)}
+
     def parameter_count(self) -> int:
         return sum(s.tensor.numel() for s in self.states.values() if s.kind == "parameter")
 
@@ -220,7 +234,9 @@ class Graph:
             twin.meta = dict(node.meta)
             mapping[node] = twin
         states = {name: dataclasses.replace(state) for name, state in self.states.items()}
-        return Graph(copy, states, self.signature, self.fake_mode, dict(self.aliases))
+        twin_graph = Graph(copy, states, self.signature, self.fake_mode, dict(self.aliases))
+        twin_graph._source_order = self._source_order
+        return twin_graph
 
     def __str__(self) -> str:
         from graphopt.ir.printer import text

@@ -210,9 +210,7 @@ NORM_FIRST = ("norm read by two convs", "norm read by a conv and others")
 
 
 @st.composite
-def convolutions(
-    draw: Draw, shape: Shape, out: int | None = None, keep: bool = False
-) -> nn.Module:
+def convolutions(draw: Draw, shape: Shape, out: int | None = None, keep: bool = False) -> nn.Module:
     """A convolution for inputs `[N, C, *spatial]`, any kind that fits.
 
     `out` fixes the number of output channels; `keep` makes a plain one that keeps spatial sizes.
@@ -467,9 +465,7 @@ def sequences(draw: Draw, shape: Shape) -> nn.Module:
 
 
 @st.composite
-def networks(
-    draw: Draw, *, dtype: torch.dtype = torch.float64, max_blocks: int = 3
-) -> Network:
+def networks(draw: Draw, *, dtype: torch.dtype = torch.float64, max_blocks: int = 3) -> Network:
     """One to `max_blocks` blocks in a row, an activation between some, a linear head on some."""
     batch = draw(st.integers(2, 3))
     layers: list[nn.Module] = []

@@ -85,7 +85,8 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
         same = (a == b) | (a.isnan() & b.isnan())
         error = torch.where(same, 0.0, (a - b).abs())
         bound = (s + t).expand_as(error)
-        ok = bool(((error <= bound) | same).all())  # nan compares false
+        sound = (error <= bound) & bound.isfinite()  # nan compares false
+        ok = bool((sound | same).all())
         if error.numel() == 0:
             continue
         relative = torch.where(same, 0.0, error / bound.clamp(min=1e-300)).nan_to_num(torch.inf)
