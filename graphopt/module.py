@@ -108,6 +108,8 @@ class OptimizedModule(nn.Module):
             if self._fallback is None:
                 raise
             return self._fallback(*args, **kwargs)
+        if torch.compiler.is_compiling():  # traced by export or compile: the plain graph
+            return self._inner(*args, **kwargs)
         if self._run is None:
             run = self._inner if self._lower is None else self._lower(self._inner)
             self.__dict__["_run"] = run

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from graphopt.ir.driver import Session
+from graphopt.ir.lint import lint
 from graphopt.ir.rewrite import Rewrite
 from graphopt.passes.base import Pass, PassError, SingleRewrite, available, find
 
@@ -77,6 +78,7 @@ class Pipeline:
             start, checking = time.perf_counter(), session.validation_seconds
             session.pass_name = stage.run.name or stage.text
             stage.run.run(session)
+            lint(session.graph, stage.text)
             spent = time.perf_counter() - start - (session.validation_seconds - checking)
             seconds.append((stage.text, spent))
         return seconds

@@ -69,7 +69,9 @@ def capture(
             with _quiet(), restored(model), torch.enable_grad():
                 program = rung()
             graph = from_exported(program, model, args, kwargs)
-            difference = disagreement(graph, args, kwargs, expected) if deterministic else ""
+            difference = misfit(graph, args, kwargs)
+            if deterministic and not difference:
+                difference = disagreement(graph, args, kwargs, expected)
         except Exception as error:
             attempts[name] = first_line(error)
             continue
@@ -115,26 +117,40 @@ def _ladder(
 
 
 def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Inputs with at least two rows and their dynamic shapes, or None without a common batch.
+    """Inputs with at least two rows and their dynamic shapes, or None without a tensor input.
 
-    Export specializes sizes of one, so single-row inputs are doubled for tracing.
+    The batch is the first axis of the first tensor, and of every tensor with as many rows. Export
+    specializes sizes of one, so single-row inputs are doubled for tracing.
     """
-    tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    sizes = {one.shape[0] for one in tensors if one.ndim > 0}
-    if len(sizes) != 1 or 0 in sizes:
+
+    def is_tensor(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+    rows = next((x.shape[0] for x in filter(is_tensor, pytree.tree_leaves((args, kwargs)))), 0)
+    if rows == 0:
         return None
 
     def double(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1:
+        if rows == 1 and is_tensor(leaf) and leaf.shape[0] == 1:
             return torch.cat([leaf, leaf])
         return leaf
 
     args, kwargs = pytree.tree_map(double, (args, kwargs))
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
+    for leaf in filter(is_tensor, pytree.tree_leaves((args, kwargs))):
+        if leaf.shape[0] == max(rows, 2):
             shapes[leaf] = {0: torch.export.Dim.AUTO}
     return args, kwargs, shapes
+
+
+def misfit(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which example input the graph does not take (tracing may have specialized a size)."""
+    for node, leaf in zip(graph.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
+        if isinstance(leaf, torch.Tensor):
+            for axis, (size, found) in enumerate(zip(node.meta["val"].shape, leaf.shape, strict=True)):
+                if isinstance(size, int) and size != found:
+                    return f"axis {axis} of {node.name} became the constant {size}"
+    return ""
 
 
 # -- from torch.export to Graph -----------------------------------------------------------------

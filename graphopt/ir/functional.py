@@ -75,6 +75,7 @@ class Normalizer:
         self.fake_mode = fake_mode
         self.places: dict[fx.Node, Place] = {}
         self.plain: dict[fx.Node, Any] = {}  # sizes, lists of fresh tensors, ...
+        self.lists: dict[fx.Node, int] = {}  # lists of views: the version of what they show
         self.origin: dict[fx.Node, fx.Node] = {}  # inputs and states: what reads their memory
 
     # -- inputs and outputs -------------------------------------------------------------------
@@ -155,6 +156,7 @@ class Normalizer:
                     self.places[source] = Place(base.cell, path, (base.cell.version, node))
                 else:
                     self.plain[source] = node  # a list of views: places are made by getitem
+                    self.lists[source] = base.cell.version
                 return None
         self._define(source, self._emit(target, args, kwargs, source))
         return None
@@ -171,17 +173,18 @@ class Normalizer:
     def _python(self, source: fx.Node) -> None:
         if source in self.places or source in self.plain:
             return  # an output of a nested graph
-        args, kwargs = self._arguments(source)
-        node = self._emit(source.target, args, kwargs, source)
         container = source.args[0] if source.args else None
-        if isinstance(container, fx.Node) and getattr(source.target, "__name__", "") == "getitem":
-            schema = getattr(container.target, "_schema", None)
-            base = self.places.get(container.args[0]) if container.args else None  # type: ignore[arg-type]
-            if schema is not None and base is not None and schema.returns[0].alias_info is not None:
-                path = (*base.path, (container, source.args[1]))
-                self.places[source] = Place(base.cell, path, (base.cell.version, node))  # type: ignore[arg-type]
-                return
-        self._define(source, node)
+        if source.target is operator.getitem and container in self.lists:
+            assert isinstance(container, fx.Node)
+            base = self.places[container.args[0]]  # type: ignore[index]
+            place = Place(base.cell, (*base.path, (container, source.args[1])))  # type: ignore[arg-type]
+            if self.lists[container] == base.cell.version:
+                node = self._emit(source.target, (self.read(container), source.args[1]), {}, source)
+                place.cached = (base.cell.version, node)
+            self.places[source] = place
+            return
+        args, kwargs = self._arguments(source)
+        self._define(source, self._emit(source.target, args, kwargs, source))
 
     def _aliases(self, source: fx.Node) -> bool:
         """Whether an op that may return a view does so on this input."""

@@ -41,8 +41,8 @@ def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: floa
         copies = [one.clone() if isinstance(one, torch.Tensor) else one for one in inputs]
         return Interpreter(graph, lifted=lifted, writes=False).run(copies)
 
-    truth = run(source, True)
     try:
+        truth = run(source, True)
         meaning = relative_error(run(result, True), truth)
         before = relative_error(run(source, False), truth)
         after = relative_error(run(result, False), truth)

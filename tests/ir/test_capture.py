@@ -264,10 +264,40 @@ def test_printing_names_ops_states_and_modules():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten())
     graph = capture(model, (torch.randn(1, 3, 9, 9),)).graph
     batch = graph.inputs[0].meta["val"].shape[0]
-    assert str(graph).replace(str(batch), "s0") == """\
+    assert (
+        str(graph).replace(str(batch), "s0")
+        == """\
 graph(input_1: f32[s0, 3, 9, 9])
   conv2d: f32[s0, 4, 4, 4] = Conv(input_1, @0.weight, @0.bias, stride=(2, 2), padding=(0, 0), \
 dilation=(1, 1))  # 0
   relu: f32[s0, 4, 4, 4] = Relu(conv2d)  # 1
   flatten: f32[s0, 64] = Reshape(relu, shape=(s0, 64))  # 2
   return flatten"""
+    )
+
+
+def test_a_batch_beside_other_leading_axes_is_dynamic():
+    def weighted(x, per_column):
+        return x * per_column
+
+    fast = graphopt.optimize(Lambda(weighted), (torch.randn(3, 4), torch.randn(4)))
+    assert fast(torch.randn(7, 4), torch.randn(4)).shape == (7, 4)
+
+
+def test_a_size_that_tracing_specializes_is_the_examples_own():
+    def python_loop(x):
+        return sum(row for row in x) / len(list(x))
+
+    fast = graphopt.optimize(Lambda(python_loop), (torch.randn(1, 4),))
+    x = torch.randn(1, 4)
+    assert torch.allclose(fast(x), python_loop(x))
+
+
+def test_a_list_of_views_taken_before_a_write():
+    def late(x):
+        y = x * 2
+        parts = y.split(2, dim=1)
+        y.add_(1)
+        return parts[0] + parts[1]
+
+    assert_captured(Lambda(late), torch.randn(3, 4))
