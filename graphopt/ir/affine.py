@@ -75,7 +75,9 @@ def absorb(rw: Rewriter, value: Value, by: Affine, reader: ops.Op) -> Value:
         return _on_constant(value, by)
     op = value.op
     if op is None or type(op) not in _absorb.registry:
-        rw.decline(f"its input is computed by {describe(value)}, which a scale and shift cannot enter")
+        rw.decline(
+            f"its input is computed by {describe(value)}, which a scale and shift cannot enter"
+        )
     rw.require(
         rw.only_user(value, reader), f"the output of {describe(value)} is used elsewhere too"
     )
@@ -138,7 +140,9 @@ def _(product: ops.Addmm, rw: Rewriter, by: Affine) -> Value:
         product.right.is_constant and product.input.is_constant,
         f"an operand of {describe(product.out)} is not a parameter",
     )
-    rw.require(product.beta == 1 and product.alpha == 1, f"{describe(product.out)} scales its terms")
+    rw.require(
+        product.beta == 1 and product.alpha == 1, f"{describe(product.out)} scales its terms"
+    )
     right = product.right if by.scale is None else times(product.right, by.scale)
     return rw.emit_like(product, input=_on_constant(product.input, by.at(product.input.ndim - 1)),
                         right=right)  # fmt: skip
@@ -424,7 +428,9 @@ def merged_axis(before: Any, after: Any, axis: int) -> int | None:
             return None
         behind = prod(before[last + 1 :])
         for candidate in range(len(after)):
-            if _same(after[candidate], prod(merged)) and _same(prod(after[candidate + 1 :]), behind):
+            if _same(after[candidate], prod(merged)) and _same(
+                prod(after[candidate + 1 :]), behind
+            ):
                 return candidate
     return None
 

@@ -40,9 +40,7 @@ class Builder:
         target, arguments = op.build()
         return self.call(target, arguments, like)
 
-    def call(
-        self, target: Any, arguments: dict[str, Any], like: base.Op | None = None
-    ) -> Value:
+    def call(self, target: Any, arguments: dict[str, Any], like: base.Op | None = None) -> Value:
         args, kwargs = _positional(target, arguments)
         with self.graph.fx.inserting_before(self.before):
             source = like.out.node if like is not None else None
@@ -88,8 +86,10 @@ def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...]
         default = argument.default_value if argument.has_default_value() else None
         given = arguments.get(argument.name, default)
         value = _unwrap(given)
-        at_default = argument.has_default_value() and not isinstance(value, fx.Node) and (
-            value == default or (default is None and value is None)
+        at_default = (
+            argument.has_default_value()
+            and not isinstance(value, fx.Node)
+            and (value == default or (default is None and value is None))
         )
         if argument.kwarg_only:
             if not at_default:

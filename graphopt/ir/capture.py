@@ -80,7 +80,9 @@ def capture(
             continue
         notes = source_notes(model)
         if not deterministic:
-            notes.append("two runs of the model differ; the captured graph could not be compared with it")
+            notes.append(
+                "two runs of the model differ; the captured graph could not be compared with it"
+            )
         return Captured(graph, name, notes)
     raise CaptureError(type(model).__name__, attempts)
 
@@ -147,7 +149,9 @@ def misfit(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Which example input the graph does not take (tracing may have specialized a size)."""
     for node, leaf in zip(graph.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
         if isinstance(leaf, torch.Tensor):
-            for axis, (size, found) in enumerate(zip(node.meta["val"].shape, leaf.shape, strict=True)):
+            for axis, (size, found) in enumerate(
+                zip(node.meta["val"].shape, leaf.shape, strict=True)
+            ):
                 if isinstance(size, int) and size != found:
                     return f"axis {axis} of {node.name} became the constant {size}"
     return ""
@@ -181,9 +185,7 @@ def from_exported(
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    used = {
-        node.name: node for node in program.graph.nodes if node.op == "placeholder"
-    }
+    used = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user_inputs = [node for name, node in used.items() if name not in targets]
     for source in user_inputs:
         normal.add_external(source, graph.placeholder(source.name))
@@ -221,7 +223,9 @@ def _states(program: Any, model: nn.Module | None) -> tuple[dict[str, State], di
     ]
     if model is not None:
         # The module's own objects, tied names included, also those the graph does not read.
-        own: list[tuple[str, Any, str]] = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+        own: list[tuple[str, Any, str]] = [
+            (n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)
+        ]
         own += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
         known = {name for name, _, _ in own}
         pool = own + [item for item in pool if item[0] not in known]
@@ -322,9 +326,13 @@ def reference_run(
 
 def _identical(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
-            torch.nan_to_num(a) if a.is_floating_point() else a,
-            torch.nan_to_num(b) if b.is_floating_point() else b,
+        return (
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.equal(
+                torch.nan_to_num(a) if a.is_floating_point() else a,
+                torch.nan_to_num(b) if b.is_floating_point() else b,
+            )
         )
     return True
 
@@ -343,7 +351,9 @@ def disagreement(
             if a is not b and a != b:
                 return f"output {index} is {a!r}, expected {b!r}"
         elif a.shape != b.shape or a.dtype != b.dtype:
-            return f"output {index} is {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
+            return (
+                f"output {index} is {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
+            )
         elif not _identical(a, b):
             # The same kernels in the same order: differences come from memory formats alone.
             wide = torch.complex128 if a.is_complex() else torch.float64

@@ -327,7 +327,8 @@ class Normalizer:
     def _nested(self, source: fx.Node, module: fx.GraphModule) -> None:
         name = str(source.target)
         inner_index = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(
-            source.target.__name__, -1  # type: ignore[union-attr]
+            source.target.__name__,
+            -1,  # type: ignore[union-attr]
         )
         if inner_index < 0:
             raise Unsupported(f"control flow by {name}")
@@ -402,4 +403,3 @@ def module_path(source: fx.Node) -> str:
         return ""
     path = list(stack.values())[-1][0]
     return str(path).removeprefix("L['self']").removeprefix("self").strip(".").split("@")[0]
-

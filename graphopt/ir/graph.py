@@ -268,7 +268,9 @@ def is_random(node: Node) -> bool:
         if name in names:
             position = names.index(name)
             default = node.target._schema.arguments[position].default_value  # type: ignore[union-attr]
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+            given = (
+                node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+            )
             return bool(given)
     return True
 
@@ -282,7 +284,9 @@ def written(node: Node) -> list[Node]:
     for position, argument in enumerate(target._schema.arguments):
         alias = argument.alias_info
         if alias is not None and alias.is_write:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            given = (
+                node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            )
             found.append(given)
     if _updates_statistics(node):
         found += [node.args[3], node.args[4]]
@@ -292,8 +296,10 @@ def written(node: Node) -> list[Node]:
 def _updates_statistics(node: Node) -> bool:
     """aten.batch_norm and instance_norm write their running statistics, whatever the schema says."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
-    return name in ("aten::batch_norm", "aten::instance_norm") and len(node.args) > 5 and bool(
-        node.args[5]
+    return (
+        name in ("aten::batch_norm", "aten::instance_norm")
+        and len(node.args) > 5
+        and bool(node.args[5])
     )
 
 
@@ -303,7 +309,9 @@ def is_pure(node: Node) -> bool:
         return node.op == "get_attr"
     if not is_overload(node.target):
         module = getattr(node.target, "__module__", "")
-        return module in ("_operator", "operator", "math", "torch") or node.target is operator.getitem
+        return (
+            module in ("_operator", "operator", "math", "torch") or node.target is operator.getitem
+        )
     return not is_random(node) and not written(node)
 
 

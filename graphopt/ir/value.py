@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from graphopt.ir.builder import Builder
     from graphopt.ir.ops.base import Op
 
-Number = Union[int, float, bool, complex]
-Operand = Union["Value", Number]
+Number = int | float | bool | complex
+Operand = Union["Value", Number]  # noqa: UP007
 
 
 class Value:

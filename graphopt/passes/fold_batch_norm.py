@@ -47,7 +47,7 @@ def fold_batch_norm(norm: ops.BatchNorm, rw: Rewriter) -> Value:
 @rewrite
 def fold_batch_norm_into_linear(linear: ops.Linear, rw: Rewriter) -> Value:
     """The scale and shift of a batch norm move into the linear map that reads it."""
-    value, by, norm = extract(rw, linear.input)
+    value, by, _ = extract(rw, linear.input)
     rw.require(
         by.axis == linear.input.ndim - 1,
         f"its channels are not the features that {describe(linear.out)} reads",

@@ -68,9 +68,12 @@ class Materialize(Pass):
         if all(one.op == "get_attr" or isinstance(builder.view(one), _VIEWS) for one in cone):
             # A mere view: storing it pays only if the original goes away.
             inside = set(cone)
-            return size <= states[0].meta["val"].numel() and all(
-                set(one.users) <= inside for one in states
-            ) if states else False
+            return (
+                size <= states[0].meta["val"].numel()
+                and all(set(one.users) <= inside for one in states)
+                if states
+                else False
+            )
         return True
 
 

@@ -158,7 +158,10 @@ def test_repeated_relu_is_one() -> None:
 
 
 def test_permutes_merge_into_one() -> None:
-    assert calls(canonical(lambda m, x: bend(x.transpose(1, 2).transpose(2, 3)))) == ["permute", "sin"]
+    assert calls(canonical(lambda m, x: bend(x.transpose(1, 2).transpose(2, 3)))) == [
+        "permute",
+        "sin",
+    ]
 
 
 def test_views_merge_into_one() -> None:
@@ -247,7 +250,12 @@ def test_training_dropout_stays() -> None:
 def test_special_values_survive() -> None:
     """x * 1 is x for inf and nan as well; x * 0 is not 0."""
     x = torch.tensor([float("inf"), float("nan"), -0.0, 0.0, 1e-45])
-    for function in (lambda m, x: x * 1, lambda m, x: x * 0, lambda m, x: x - x, lambda m, x: x / x):
+    for function in (
+        lambda m, x: x * 1,
+        lambda m, x: x * 0,
+        lambda m, x: x - x,
+        lambda m, x: x / x,
+    ):
         model = Model(lambda m, x, f=function: f(m, x) * torch.ones(5))
         fast = graphopt.optimize(model.eval(), (x,), passes="canonicalize")
         found, truth = output_of(fast, (x,)), output_of(model, (x,))

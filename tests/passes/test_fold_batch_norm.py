@@ -72,7 +72,11 @@ def folds(model: nn.Module, *shapes: tuple[int, ...]) -> graphopt.OptimizedModul
 
 
 def stays(
-    model: nn.Module, *shapes: tuple[int, ...], because: str, where: str | None = None, left: int = 1
+    model: nn.Module,
+    *shapes: tuple[int, ...],
+    because: str,
+    where: str | None = None,
+    left: int = 1,
 ) -> graphopt.OptimizedModule:
     """`left` norms stay, one of them (at `where`) for a reason that contains `because`."""
     prepare(model)
@@ -212,7 +216,9 @@ def test_matrix_products() -> None:
     folds(Net(lambda m, x: m.bn(torch.addmm(m.b, x, m.w)), w=weight, b=bias,
               bn=nn.BatchNorm1d(5)), (4, 3))  # fmt: skip
     folds(Net(lambda m, x: m.bn(x @ m.w + m.b), w=weight, b=bias, bn=nn.BatchNorm1d(5)), (4, 3))
-    stays(Net(lambda m, x: m.bn(x @ m.w), w=weight, bn=nn.BatchNorm1d(5)), (2, 5, 3), because="axis")
+    stays(
+        Net(lambda m, x: m.bn(x @ m.w), w=weight, bn=nn.BatchNorm1d(5)), (2, 5, 3), because="axis"
+    )
 
 
 def test_product_of_activations_stays() -> None:
@@ -245,6 +251,7 @@ def test_gamma_of_any_sign(gamma: float) -> None:
 
 def test_a_norm_without_bias_or_without_weight() -> None:
     """F.batch_norm takes either alone."""
+
     def body(m: Net, x: Tensor) -> Tensor:
         y = F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var, weight=m.bn.weight)
         y = F.batch_norm(m.conv(F.relu(y)), m.bn.running_mean, m.bn.running_var, bias=m.bn.bias)
@@ -721,7 +728,9 @@ def test_concatenation_with_something_that_takes_no_scale_stays() -> None:
 
 def test_convolution_with_other_readers_stays() -> None:
     modules = {"a": conv(), "bn": nn.BatchNorm2d(4)}
-    stays(Net(lambda m, x: m.bn(y := m.a(x)) + y.tanh(), **modules), IMAGE, because="used elsewhere")
+    stays(
+        Net(lambda m, x: m.bn(y := m.a(x)) + y.tanh(), **modules), IMAGE, because="used elsewhere"
+    )
     stays(Net(lambda m, x: (m.bn(y := m.a(x)), y), **modules), IMAGE, because="used elsewhere")
 
 

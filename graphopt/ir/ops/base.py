@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
@@ -70,7 +70,7 @@ class Op:
         return target, arguments
 
     @classmethod
-    @lru_cache(maxsize=None)
+    @cache
     def field_names(cls) -> frozenset[str]:
         return frozenset(field.name for field in dataclasses.fields(cls) if field.name != "out")
 
@@ -140,7 +140,7 @@ class Call:
         return self.arguments[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(target: Target) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (argument.name, argument.default_value if argument.has_default_value() else None)

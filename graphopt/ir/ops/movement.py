@@ -208,9 +208,7 @@ class Pad(Op):
     def axes(self) -> frozenset[int]:
         """The axes that grow or shrink."""
         last = self.input.ndim - 1
-        return frozenset(
-            last - i // 2 for i, amount in enumerate(self.pad) if amount != 0
-        )
+        return frozenset(last - i // 2 for i, amount in enumerate(self.pad) if amount != 0)
 
 
 @op("pixel_shuffle.default")

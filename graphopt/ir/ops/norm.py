@@ -167,4 +167,3 @@ class Dropout(Op):
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
         return None if self.train else magnitude(self.input)
-

@@ -232,7 +232,9 @@ class Clamp(Activation):
     def parse(cls, call: Call) -> Op | None:
         if call.target._schema.name == "aten::relu6":
             return cls(call["self"], 0.0, 6.0, out=call.out)
-        limits = [call.arguments.get(name, call.arguments.get(f"{name}_val")) for name in ("min", "max")]
+        limits = [
+            call.arguments.get(name, call.arguments.get(f"{name}_val")) for name in ("min", "max")
+        ]
         return cls(call["self"], *limits, out=call.out)
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
