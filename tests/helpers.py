@@ -59,7 +59,7 @@ def relative_error(found: Any, truth: Any) -> float:
     """The largest difference over the largest value, the worst over paired outputs, in float64.
 
     Values below 1e-3 count as 1e-3: our models compute values of order one, and an output may
-    cancel to zero.
+    cancel to zero. inf and nan must be where the truth has them.
     """
     pairs = list(zip(leaves(found), leaves(truth), strict=True))
     assert pairs

@@ -337,6 +337,17 @@ def test_power_iteration_of_a_training_spectral_norm(mode: str) -> None:
         assert_equal(fast(x), model(x))
 
 
+@pytest.mark.parametrize("mode", ["deploy", "tune"])
+def test_training_norm_with_a_cumulative_average(mode: str) -> None:
+    """momentum=None makes the factor a function of a counter, which no exporter captures."""
+    model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, momentum=None))
+    prepare(model)[1].train()
+    fast = graphopt.optimize(model, (tensor(*IMAGE),), mode=mode)
+    for step in range(3):
+        x = tensor(*IMAGE, seed=step)
+        assert_equal(fast(x), model(x))
+
+
 class Branch(nn.Module):
     """A branch on data: no exporter captures it as one graph."""
 

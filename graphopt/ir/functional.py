@@ -33,6 +33,8 @@ _TWINS = {
     "aten::detach_": "detach.default",
     "aten::t_": "t.default",
 }
+# Nested graphs that only set a mode, and at which argument the graph stands.
+_REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 _SAME_ORDER = {
     "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten",
     "aten::unsqueeze", "aten::squeeze", "aten::view_as", "aten::reshape_as",
@@ -325,14 +327,11 @@ class Normalizer:
     # -- nested graphs ------------------------------------------------------------------------
 
     def _nested(self, source: fx.Node, module: fx.GraphModule) -> None:
-        name = str(source.target)
-        inner_index = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(
-            source.target.__name__,
-            -1,  # type: ignore[union-attr]
-        )
+        region: Any = source.target
+        inner_index = _REGIONS.get(region.__name__, -1)
         if inner_index < 0:
-            raise Unsupported(f"control flow by {name}")
-        if inner_index == 4 and source.args[2]:
+            raise Unsupported(f"control flow by {region}")
+        if region.__name__ == "wrap_with_autocast" and source.args[2]:
             raise Unsupported("an autocast region")
         inner = getattr(module, str(source.args[inner_index].target))  # type: ignore[union-attr]
         operands = source.args[inner_index + 1 :]
@@ -345,7 +344,7 @@ class Normalizer:
         self.run(inner)
         results = next(iter(reversed(inner.graph.nodes))).args[0]
         values = [self.read(result) for result in results]
-        if inner_index == 1 and not source.args[0]:
+        if region.__name__ == "wrap_with_set_grad_enabled" and not source.args[0]:
             # What a no_grad region computes carries no gradient.
             values = [
                 self._emit(aten.detach.default, (value,), {}, source)

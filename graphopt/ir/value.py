@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from graphopt.ir.ops.base import Op
 
 Number = int | float | bool | complex
-Operand = Union["Value", Number]  # noqa: UP007
+Operand = Union["Value", Number]
 
 
 class Value:

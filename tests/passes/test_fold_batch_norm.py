@@ -928,7 +928,7 @@ def test_golden_consumer_side() -> None:
           mul_tensor_5: f64[2, 12] = Mul(@fc.weight, repeat_interleave_self_int)  # fc
           linear_1: f64[N, 2] = Linear(flatten_1, mul_tensor_5, add_tensor_2)  # fc
           return linear_1
-    """)  # noqa: E501
+    """)
     deploy = golden("""
         graph(x: f64[N, 4, 3])
           flatten_1: f64[N, 12] = Reshape(x, shape=(-1, 12))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +126,14 @@ def test_networks_print_as_the_code_they_are() -> None:
     )
 
 
+def test_hypothesis_is_imported_on_use_only() -> None:
+    code = (
+        "import sys, graphopt, graphopt.testing; assert 'hypothesis' not in sys.modules\n"
+        "from graphopt.testing import strategies; assert 'hypothesis' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
 # Wrong folds, as they have been shipped. Each is a one-word slip in the right one below.
 
 
@@ -185,6 +197,15 @@ def test_wrong_folds_are_rolled_back(slip: str, dtype: torch.dtype) -> None:
     assert slip == "stride lost" or record.error > record.bound
     assert fast.report.applied == []
     assert torch.equal(output_of(fast, (x,)), output_of(model, (x,)))
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("blank", [torch.zeros, torch.ones], ids=["zeros", "ones"])
+def test_wrong_folds_are_seen_on_blank_example_inputs(slip: str, blank: Any) -> None:
+    """Zeros as example inputs hide every error in a weight, unless the check draws its own."""
+    model, x = victim(slip == "scaled along dim 0"), tensor(2, 4, 6, 5)
+    fast = graphopt.optimize(model, (blank(2, 4, 6, 5).double(),), passes=[wrong(slip)])
+    assert_equal(output_of(fast, (x,)), output_of(model, (x,)))
 
 
 def test_the_right_fold_is_not_rolled_back() -> None:
