@@ -216,6 +216,7 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     report.applied = session.applied
     report.rolled_back = session.rolled_back
     report.refused = session.remaining_refusals()
+    session.validator = None  # its values are not needed again, and large
     start = time.perf_counter()
     options.say("verifying the whole model in float64")
     report.check = check_model(source, graph, inputs, options.float64_limit)

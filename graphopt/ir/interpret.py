@@ -100,7 +100,7 @@ def _lift_dtypes(argument: Any) -> Any:
     return argument
 
 
-MEMORY_LIMIT = 3 << 30  # bytes of values kept; older ones are computed again when needed
+MEMORY_LIMIT = 1 << 30  # bytes of values kept; older ones are computed again when needed
 
 
 class Evaluator:

@@ -16,6 +16,8 @@ from graphopt.ir.rewrite import Rewriter, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 
+aten = torch.ops.aten
+
 
 def uniform(operand: Any) -> float | None:
     """The one number that an operand consists of, if it is a literal; None otherwise."""
@@ -153,6 +155,26 @@ def drop_view(
 
 
 @rewrite(contract=Exact())
+def spell_out_shape(op: ops.Reshape | ops.Expand, rw: Rewriter) -> Value:
+    """reshape_as(x, y) = reshape(x, y.shape): y is not read any more."""
+    rw.match(len(rw.root.all_input_nodes) == 2 and len(rw.root.args) == 2)
+    rw.match(
+        rw.root.target in (aten.reshape_as.default, aten.view_as.default, aten.expand_as.default)
+    )
+    if isinstance(op, ops.Reshape):
+        rw.match(sum(not isinstance(size, int) for size in op.shape) <= 1)
+        return rw.emit_like(op)
+    missing = len(op.shape) - op.input.ndim
+    own = (None,) * missing + op.input.shape
+    shape = tuple(
+        -1 if mine is not None and str(mine) == str(size) else size
+        for size, mine in zip(op.shape, own, strict=True)
+    )
+    rw.match(all(isinstance(size, int) for size in shape))
+    return rw.emit_like(op, shape=shape)
+
+
+@rewrite(contract=Exact())
 def merge_permutes(outer: ops.Permute, rw: Rewriter) -> Value:
     """permute(permute(x, p), q) = permute(x, p[q])."""
     inner = rw.producer(outer.input, ops.Permute)
@@ -224,7 +246,7 @@ class Canonicalize(Pass):
     rewrites = (
         drop_times_one, drop_plus_zero, drop_power_one, drop_double_negation, drop_repeated_relu,
         merge_factors, merge_terms, drop_dropout, drop_cast, merge_casts, drop_copy, drop_view,
-        merge_permutes, merge_reshapes, drop_single_cat,
+        spell_out_shape, merge_permutes, merge_reshapes, drop_single_cat,
     )  # fmt: skip
 
     def run(self, session: Session) -> None:

@@ -3,9 +3,8 @@
     f(parameters)  ->  one parameter: f evaluated in float64, rounded once to its dtype
 
 This is the step from Tune to Deploy mode. Afterwards states that nothing reads are dropped.
-Where the model itself rounds on the way (a cast to a narrower dtype whose result is computed with,
-as fake quantization does), the part is evaluated in its own dtypes instead, bit for bit as the
-model would.
+Where the model itself computes in a narrower dtype than the result's, or rounds on the way (fake
+quantization), the part is evaluated in its own dtypes instead, bit for bit as the model would.
 """
 
 from __future__ import annotations
@@ -44,13 +43,12 @@ class Materialize(Pass):
             cone = cone_of(node)
             if not self._worthwhile(graph, node, cone):
                 continue
-            rounds = rounds_inside(graph, node, cone)
-            evaluator = plain if rounds else lifted
-            exact = evaluator.evaluate(node)
-            state = stored(graph, exact, node.meta["val"].dtype, cone)
+            exact = lifted.evaluate(node)
+            own = rounds_inside(graph, node, cone)
+            state = stored(graph, exact, plain.evaluate(node) if own else exact, node, cone)
             wish = role(graph, node)
             read = graph.add_state(f"materialized_{len(made)}", state)
-            contract = Exact() if rounds else Algebraic()
+            contract = Exact() if own else Algebraic()
             if session.replace("materialize", contract, node, read, [read]):
                 made.append((str(read.target), wish))
         graph.eliminate_dead_code()
@@ -100,38 +98,45 @@ def cone_of(node: fx.Node) -> list[fx.Node]:
 
 
 def rounds_inside(graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
-    """Whether the model rounds a value and then computes with what is left of it."""
+    """Whether the model itself computes part of `node` in a narrower dtype, or rounds on the way."""
     builder = Builder(graph, node)
-
-    def computes(one: fx.Node) -> bool:
-        return not isinstance(builder.view(one), (*_VIEWS, ops.Cast))
-
-    inside = set(cone)
+    result = node.meta["val"].dtype
     for one in cone:
+        if one.op != "call_function" or "made_by" in one.meta:
+            continue
         name = getattr(getattr(one.target, "_schema", None), "name", "")
-        op = builder.view(one)
-        narrows = isinstance(op, ops.Cast) and _narrower(op.dtype, op.input.dtype)
-        if (narrows or name in _ROUNDING) and "made_by" not in one.meta:
-            if name in _ROUNDING or any(computes(u) for u in one.users if u in inside):
-                return True
+        found = one.meta.get("val")
+        narrow = isinstance(found, torch.Tensor) and _narrower(found.dtype, result)
+        if name in _ROUNDING or (narrow and not isinstance(builder.view(one), _VIEWS)):
+            return True
     return False
 
 
 def _narrower(to: torch.dtype, of: torch.dtype) -> bool:
-    return of.is_floating_point and torch.promote_types(to, of) != to
+    floating = to.is_floating_point and of.is_floating_point
+    return floating and torch.promote_types(to, of) != to
 
 
-def stored(graph: Graph, exact: torch.Tensor, dtype: torch.dtype, cone: list[fx.Node]) -> State:
+def stored(
+    graph: Graph, exact: torch.Tensor, value: torch.Tensor, node: fx.Node, cone: list[fx.Node]
+) -> State:
     """The state for an evaluated cone: a parameter if it comes from one."""
     sources = [graph.states[str(one.target)] for one in cone if one.op == "get_attr"]
-    tensor = exact.to(dtype, copy=True).contiguous()
-    keep = exact if exact.dtype != dtype else None
-    floating = dtype.is_floating_point or dtype.is_complex
-    if floating and any(one.kind == "parameter" for one in sources):
-        grad = any(one.tensor.requires_grad for one in sources)
-        return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter", exact=keep)
+    dtype: torch.dtype = node.meta["val"].dtype
+    tensor = value.to(dtype).contiguous()
+    if any(_shares(tensor, one.tensor) for one in sources):
+        tensor = tensor.clone()
+    keep = exact if exact.dtype != dtype or value is not exact else None
+    if dtype.is_floating_point or dtype.is_complex:
+        if any(one.kind == "parameter" for one in sources):
+            grad = any(one.tensor.requires_grad for one in sources)
+            return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter", exact=keep)
     kind = "buffer" if any(one.kind == "buffer" for one in sources) else "constant"
     return State(tensor, kind, exact=keep)
+
+
+def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def role(graph: Graph, node: fx.Node) -> str:

@@ -131,7 +131,7 @@ def _lines(report: Report) -> list[str]:
             f"bound {worst.bound:.1e} (float64)"
         )
     for title, records in (("refused", report.refused), ("rolled back", report.rolled_back)):
-        lines.append(f"  {title:<11}{len(records)}")
+        lines.append(f"  {title:<12}{len(records)}")
         lines += [f"    {one.rewrite} at {one.where or one.node}: {one.reason}"
                   for one in records[:SHOWN]]  # fmt: skip
         if len(records) > SHOWN:

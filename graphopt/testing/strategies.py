@@ -29,10 +29,18 @@ from torch import Tensor, nn
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE: dict[int, Any] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
+BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM: dict[int, Any] = {
+    1: nn.InstanceNorm1d,
+    2: nn.InstanceNorm2d,
+    3: nn.InstanceNorm3d,
+}
 GAMMAS = ("positive", "mixed", "with zeros", "negative", "zero")
 SIZES = {1: (9,), 2: (6, 5), 3: (4, 3, 4)}
 MOST = 4096  # elements of an activation; blocks that make more are not drawn
@@ -505,7 +513,15 @@ def _activation(draw: Draw) -> list[nn.Module]:
 
 
 def settle(module: nn.Module, seed: int) -> None:
-    """Give every parameter and statistic a value from `seed`, and every norm its mode."""
+    """Give every parameter and statistic a value from `seed`, and every norm its mode.
+
+    Where a norm uses batch statistics, no gamma is zero: such a norm makes numbers of order one of
+    the rounding of a constant, and those cannot be compared.
+    """
+    batch_statistics = any(
+        getattr(one, "stays_training", False) or not getattr(one, "track_running_stats", True)
+        for one in module.modules()
+    )
     generator = torch.Generator().manual_seed(seed)
 
     def fill(tensor: Tensor, low: float, high: float) -> None:
@@ -525,9 +541,9 @@ def settle(module: nn.Module, seed: int) -> None:
                 weight: Tensor = one.weight  # type: ignore[assignment]
                 low, high = {"positive": (0.5, 2), "negative": (-2, -0.5)}.get(gamma, (-2, 2))
                 fill(weight, low, high)
-                if gamma == "zero":
+                if gamma == "zero" and not batch_statistics:
                     weight.zero_()
-                elif gamma == "with zeros":
+                elif gamma == "with zeros" and not batch_statistics:
                     weight[::2] = 0
     module.eval()
     for one in module.modules():

@@ -51,14 +51,18 @@ class SiteValidator:
             self._evaluator.keep(new, site.values[new])
         return verdict
 
+    def _own(self, node: fx.Node) -> Any:
+        """The value of a node in its own dtype; of a state, what is stored."""
+        if node.op == "get_attr":
+            return self.graph.states[str(node.target)].tensor
+        return _like(self._evaluator.evaluate(node), node.meta.get("val"))
+
     def _check_exact(self, old: fx.Node, new: fx.Node) -> Verdict:
         """Bit for bit, in the graph's own dtypes."""
         shared, inner = cut(old, new)
         plain = Interpreter(self.graph, writes=False)
         try:
-            env = {
-                node: _like(self._evaluator.evaluate(node), node.meta.get("val")) for node in shared
-            }
+            env = {node: self._own(node) for node in shared}
             for node in inner:
                 env[node] = seeded(plain, node, env)
         except Exception as error:
