@@ -14,14 +14,12 @@ import dataclasses
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-
-from graphopt.ir.value import Value
 
 
 class GraphError(RuntimeError):
@@ -313,14 +311,3 @@ def is_pure(node: Node) -> bool:
             module in ("_operator", "operator", "math", "torch") or node.target is operator.getitem
         )
     return not is_random(node) and not written(node)
-
-
-def flat_values(items: Iterable[Any]) -> list[Value]:
-    """The values inside nested tuples of arguments."""
-    found: list[Value] = []
-    for item in items:
-        if isinstance(item, Value):
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            found += flat_values(item)
-    return found

@@ -295,7 +295,9 @@ def norms(draw: Draw, rank: int, channels: int) -> nn.Module:
     """
     kind = draw(st.sampled_from(NORMS))
     affine = draw(st.booleans()) or draw(st.booleans())
-    eps = draw(st.sampled_from([1e-5, 1e-3, 0.5]))
+    # Over a few equal numbers, batch statistics and a small eps would magnify their rounding.
+    batch_statistics = kind in ("no statistics", "training")
+    eps = 0.5 if batch_statistics else draw(st.sampled_from([1e-5, 1e-3, 0.5]))
     norm: nn.Module
     if kind == "frozen":
         norm = FrozenNorm(channels, eps)

@@ -148,10 +148,6 @@ def _schema(target: Target) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def schema_names(target: Target) -> tuple[str, ...]:
-    return tuple(name for name, _ in _schema(target))
-
-
 def overload(name: str) -> Target | None:
     """`"conv2d.default"` or `"ns::name.overload"` -> the overload, None where torch lacks it."""
     namespace, _, rest = name.rpartition("::")
@@ -220,7 +216,3 @@ def numel(value: Value) -> int:
     for size in value.shape:
         count *= hint(size)
     return count
-
-
-def bytes_of(value: Value) -> int:
-    return numel(value) * value.dtype.itemsize

@@ -15,10 +15,6 @@ def _size(operand: Operand, magnitude: Any) -> Any:
     return magnitude(operand) if isinstance(operand, Value) else abs(operand)
 
 
-def _exact(operand: Operand, value: Any) -> Any:
-    return value(operand) if isinstance(operand, Value) else operand
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Binary(Op):
     """Two operands, tensors or numbers, with broadcasting and type promotion."""

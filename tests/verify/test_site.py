@@ -1,0 +1,140 @@
+"""The check of one site decides meaning: rounding passes, every bug fails, whatever the scales.
+
+The variants are those of which hand-chosen tolerances pass some bug or fail the right fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.ir import ops
+from graphopt.ir.ops import times
+from graphopt.ir.rewrite import Rewriter
+from graphopt.verify.site import cut
+
+
+def fold(norm: ops.BatchNorm, rw: Rewriter, *, eps: float | None = None, center: bool = True,
+         skip: int | None = None):  # fmt: skip
+    """The textbook fold, with one detail of it changed."""
+    conv = rw.producer(norm.input, ops.Conv)
+    scale = norm.weight * (norm.running_var + (norm.eps if eps is None else eps)).rsqrt()
+    if skip is not None:
+        mask = torch.arange(conv.out_channels) != skip
+        keep = rw.emit(ops.Reshape(scale, (1, -1))).narrow(1, 0, skip)
+        one = rw.emit(ops.Full((1, 1), 1.0, scale.dtype, scale.meta.device))
+        rest = scale.reshape(1, -1).narrow(1, skip + 1, int(mask.sum()) - skip)
+        scale = rw.emit(ops.Cat((keep, one, rest), 1)).reshape(-1)
+    shift = norm.bias - norm.running_mean * scale if center else norm.bias - norm.running_mean
+    bias = shift if conv.bias is None else conv.bias * scale + shift
+    return rw.conv_like(conv, weight=conv.scale_out(scale), bias=bias)
+
+
+VARIANTS: dict[str, dict] = {
+    "right": {},
+    "eps 1e-5 became 1e-3": {"eps": 1e-3},
+    "eps dropped": {"eps": 0.0},
+    "mean not scaled": {"center": False},
+    "one channel unscaled": {"skip": 3},
+}
+
+
+def pair(channels: int, mean: float, var: float) -> nn.Module:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.running_mean.normal_(mean)
+    norm.running_var.uniform_(0.5 * var, 2 * var)
+    return nn.Sequential(conv, norm).eval()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("mean", "var"), [(0.0, 1.0), (20.0, 0.01), (0.0, 100.0)])
+@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_right_fold_passes(name, mean, var, channels, dtype):
+    if dtype is torch.bfloat16 and name == "right":
+
+        @graphopt.rewrite(name=name, root=ops.BatchNorm)
+        def variant(norm, rw):
+            scale, shift = norm.scale_and_shift()
+            conv = rw.producer(norm.input, ops.Conv)
+            bias = (times(conv.bias, scale) + shift.to(conv.bias.dtype)).to(conv.bias.dtype)
+            return rw.conv_like(conv, weight=conv.scale_out(scale), bias=bias)
+    else:
+
+        @graphopt.rewrite(name=name, root=ops.BatchNorm)
+        def variant(norm, rw):
+            return fold(norm, rw, **VARIANTS[name])
+
+    model = pair(channels, mean, var).to(dtype)
+    x = torch.randn(2, channels, 8, 8, dtype=dtype)
+    report = graphopt.optimize(model, (x,), passes=[variant]).report
+    (record,) = report.applied + report.rolled_back
+    assert (record in report.applied) == (name == "right"), record
+    # Right folds lie far below the bound and bugs far above it.
+    if name == "right":
+        assert record.error < 0.1 * record.bound
+    else:
+        assert record.error > 1e3 * record.bound
+
+
+def check(function: Callable[[ops.Op, Rewriter], object], model: nn.Module, x: torch.Tensor, **how):
+    report = graphopt.optimize(model, (x,), passes=[graphopt.rewrite(**how)(function)]).report
+    return report.applied, report.rolled_back
+
+
+def test_exact_means_bit_for_bit():
+    def plus_zero(op, rw):
+        return op.left
+
+    class PlusZero(nn.Module):
+        def forward(self, x):
+            return x + 0
+
+    x = torch.tensor([-0.0, 1.0])
+    how = {"root": ops.Add, "name": "plus-zero"}
+    assert check(plus_zero, PlusZero(), x, contract=graphopt.Exact(), **how)[1]
+    assert check(plus_zero, PlusZero(), x, contract=graphopt.Algebraic(), **how)[0]
+
+
+def test_exact_sees_casts_in_the_models_own_dtype():
+    def drop_cast(op, rw):
+        return rw.producer(op.input, ops.Cast).input
+
+    class Rounds(nn.Module):
+        def forward(self, x):
+            return x.bfloat16().float()
+
+    x = torch.tensor([1.0, 1.0 + 2**-12])
+    how = {"root": ops.Cast, "name": "drop-cast", "contract": graphopt.Exact()}
+    assert check(drop_cast, Rounds(), x, **how)[1]
+
+
+def test_an_op_without_a_bound_must_agree_bitwise():
+    def shifted(op, rw):
+        return rw.emit(ops.Softmax(op.input + 0.1, op.dim))
+
+    x = torch.randn(4, 5)
+    (record,) = check(shifted, nn.Softmax(-1), x, root=ops.Softmax, name="shifted")[1]
+    assert "no rounding bound is known for aten.softmax" in record.reason
+
+
+def test_the_cut_is_where_both_computations_meet():
+    def function(x):
+        a = x * 2
+        b = a + 1
+        return b.relu(), a.neg()
+
+    graph = torch.fx.symbolic_trace(function).graph
+    x, a, b, relu, neg, _ = graph.nodes
+    for node in graph.nodes:
+        node.op = "call_function" if node.op == "call_method" else node.op
+    assert cut(relu, neg) == ([a], [b, relu, neg]) or cut(relu, neg) == ([a], [b, neg, relu])
+    assert cut(relu, b) == ([b], [relu])
+    assert cut(b, x) == ([x], [a, b])
