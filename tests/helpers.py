@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.ir.capture import copy_module
 
 EXACT = 1e-12  # two orders of the same float64 sums; a wrong fold is off by 1e-6 or (far) more
 
@@ -84,7 +85,7 @@ def assert_equal(found: Any, truth: Any, limit: float = EXACT) -> None:
 def output_of(model: nn.Module, inputs: Iterable[Tensor]) -> Any:
     """What the model computes, on a copy: training norms would change the model."""
     with torch.no_grad():
-        return copy.deepcopy(model)(*inputs)
+        return copy_module(model)(*inputs)
 
 
 def gradients(model: nn.Module, inputs: Iterable[Tensor]) -> dict[str, Tensor]:

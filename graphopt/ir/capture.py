@@ -391,8 +391,15 @@ def copy_module(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: if the module cannot be deep-copied.
     """
+    # Tensors that a hook computes anew on every call (torch.nn.utils.weight_norm) are not leaves.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         reason = f"the module cannot be deep-copied: {first_line(error)}"
         raise CaptureError(type(model).__name__, {"copy": reason}) from error

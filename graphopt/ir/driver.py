@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,12 @@ class Session:
         if (rewrite, old) in self._hopeless:
             return False
         where = self.graph.where(old)
+        if reason := shared_memory(old, new):
+            self._hopeless.add((rewrite, old))
+            self.refused[rewrite, old] = Record(
+                rewrite, where, str(contract), reason, node=old.name
+            )
+            return False
         reason = _type_difference(old, new)
         verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
         record = Record(
@@ -218,6 +225,39 @@ class Session:
     def remaining_refusals(self) -> list[Record]:
         """Refusals whose root is still in the graph."""
         return [record for (_, node), record in self.refused.items() if not node._erased]
+
+
+def shared_memory(old: fx.Node, new: fx.Node) -> str:
+    """Whether a returned value would come to share memory with an input, a state or another
+    output, which the caller may write to; empty if not."""
+    if not any(user.op == "output" for user in old.users):
+        return ""
+    base = _base(new)
+    if base is _base(old):
+        return ""
+    if base.op != "call_function":
+        return (
+            f"the output would share memory with {base.op.replace('get_attr', 'state')} {base.name}"
+        )
+    if any(user.op == "output" for user in base.users):
+        return "two outputs would share memory"
+    return ""
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        schema = getattr(node.target, "_schema", None)
+        view = schema is not None and any(one.alias_info is not None for one in schema.returns)
+        if not (view or node.target is operator.getitem) or _dtype(node) != _dtype(node.args[0]):
+            break
+        node = node.args[0]
+    return node
+
+
+def _dtype(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return getattr(value[0] if isinstance(value, (list, tuple)) and value else value, "dtype", None)
 
 
 def _type_difference(old: fx.Node, new: fx.Node) -> str:

@@ -29,6 +29,19 @@ def lift(value: Any) -> Any:
     return value
 
 
+def like(value: Any, node: fx.Node) -> Any:
+    """A value in the dtype that `node` has in the graph."""
+
+    def cast(found: Any, fake: Any) -> Any:
+        if isinstance(found, torch.Tensor) and isinstance(fake, torch.Tensor):
+            return found.to(fake.dtype)
+        if isinstance(found, (tuple, list)) and isinstance(fake, (tuple, list)):
+            return type(found)(map(cast, found, fake))
+        return found
+
+    return cast(value, node.meta.get("val"))
+
+
 class Interpreter:
     """Evaluates a graph on real inputs.
 
@@ -87,7 +100,12 @@ class Interpreter:
             )
         if not self.lifted or not is_overload(node.target):
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        return lift(node.target(*_lift_dtypes(args), **_lift_dtypes(kwargs)))  # type: ignore[operator]
+        try:
+            return lift(node.target(*_lift_dtypes(args), **_lift_dtypes(kwargs)))  # type: ignore[operator]
+        except RuntimeError:
+            # No float64 kernel (fake quantization, for one): the op runs in its own dtypes.
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: like(env[one], one))
+            return lift(node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def _lift_dtypes(argument: Any) -> Any:

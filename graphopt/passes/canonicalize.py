@@ -129,9 +129,7 @@ def merge_casts(outer: ops.Cast, rw: Rewriter) -> Value:
 
 @rewrite(contract=Exact())
 def drop_copy(op: ops.Copy, rw: Rewriter) -> Value:
-    """A copy of a value that nobody writes to. A copy that is returned stays one."""
-    rw.match(all(user.op != "output" for user in op.out.users))
-    rw.match(op.input.node.op == "call_function")
+    """A copy of a value that nobody writes to."""
     rw.match(not any(map(reads_strides, op.out.users)))
     return op.input
 
@@ -151,6 +149,8 @@ def drop_view(
         rw.match(op.dims == tuple(range(len(op.dims))))
     elif isinstance(op, ops.Slice):
         rw.match(op.step == 1 and op.start in (0, None))
+    elif isinstance(op, ops.Pad):
+        rw.match(not any(op.pad))
     return _same_type(op.input, rw, op.out)
 
 
@@ -211,7 +211,7 @@ def merge_duplicates(session: Session) -> int:
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
         twin = seen.setdefault(key, node)
-        if twin is node or (_returned(twin) and _returned(node)):
+        if twin is node:
             continue
         if session.replace("merge-duplicates", Exact(), node, twin):
             session.erase_dead([node])
@@ -222,10 +222,6 @@ def merge_duplicates(session: Session) -> int:
 def reads_written(graph: Graph, node: fx.Node) -> bool:
     return any(one.op == "get_attr" and str(one.target) in graph.mutated
                for one in node.all_input_nodes)  # fmt: skip
-
-
-def _returned(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
 
 
 def _key(argument: Any) -> Any:

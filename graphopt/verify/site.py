@@ -17,7 +17,7 @@ from torch import fx
 from graphopt.ir.contracts import Contract, Exact
 from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
-from graphopt.ir.interpret import Evaluator, Interpreter, seeded
+from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
 from graphopt.verify.bounds import Site
 
 
@@ -55,7 +55,7 @@ class SiteValidator:
         """The value of a node in its own dtype; of a state, what is stored."""
         if node.op == "get_attr":
             return self.graph.states[str(node.target)].tensor
-        return _like(self._evaluator.evaluate(node), node.meta.get("val"))
+        return like(self._evaluator.evaluate(node), node)
 
     def _check_exact(self, old: fx.Node, new: fx.Node) -> Verdict:
         """Bit for bit, in the graph's own dtypes."""
@@ -152,14 +152,6 @@ def bitwise_equal(a: Any, b: Any) -> bool:
         same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
         return bool(same.all())
     return torch.equal(a, b)
-
-
-def _like(value: Any, fake: Any) -> Any:
-    if isinstance(value, torch.Tensor) and isinstance(fake, torch.Tensor):
-        return value.to(fake.dtype)
-    if isinstance(value, (tuple, list)) and isinstance(fake, (tuple, list)):
-        return type(value)(map(_like, value, fake))
-    return value
 
 
 def _leaves(value: Any) -> list[Any]:

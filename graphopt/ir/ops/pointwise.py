@@ -78,7 +78,7 @@ class Add(_Arithmetic):
         return _size(self.left, magnitude) + _size(self.right, magnitude)
 
 
-@op("sub.Tensor", "sub.Scalar", "rsub.Scalar", "rsub.Tensor")
+@op("sub.Tensor", "sub.Scalar", "rsub.Scalar", "rsub.Tensor", "subtract.Tensor", "subtract.Scalar")
 class Sub(_Arithmetic):
     """`left - right`."""
 
@@ -90,7 +90,7 @@ class Sub(_Arithmetic):
         return _size(self.left, magnitude) + _size(self.right, magnitude)
 
 
-@op("mul.Tensor", "mul.Scalar")
+@op("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar")
 class Mul(_Arithmetic):
     """`left * right`."""
 
@@ -102,7 +102,8 @@ class Mul(_Arithmetic):
         return _size(self.left, magnitude) * _size(self.right, magnitude)
 
 
-@op("div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", "true_divide.Tensor")
+@op("div.Tensor", "div.Scalar", "div.Tensor_mode", "div.Scalar_mode", "true_divide.Tensor",
+    "true_divide.Scalar", "divide.Tensor", "divide.Scalar")  # fmt: skip
 class Div(_Arithmetic):
     """`left / right`, true division."""
 
@@ -136,7 +137,7 @@ class Unary(Op):
         return float(numel(self.out))
 
 
-@op("neg.default")
+@op("neg.default", "negative.default")
 class Neg(Unary):
     """`-input`."""
 
@@ -406,9 +407,9 @@ class Cast(Op):
 
 
 @op("clone.default", "contiguous.default", "alias.default", "lift_fresh_copy.default",
-    "lift_fresh.default")  # fmt: skip
+    "lift_fresh.default", "positive.default")  # fmt: skip
 class Copy(Op):
-    """The same values in fresh (or contiguous) memory."""
+    """The same values, perhaps in fresh or contiguous memory."""
 
     input: Value
 
