@@ -87,13 +87,13 @@ class Session:
         if (rewrite, old) in self._hopeless:
             return False
         where = self.graph.where(old)
-        if reason := shared_memory(old, new):
+        reason = _type_difference(old, new)
+        if not reason and (sharing := shared_memory(old, new)):
             self._hopeless.add((rewrite, old))
             self.refused[rewrite, old] = Record(
-                rewrite, where, str(contract), reason, node=old.name
+                rewrite, where, str(contract), sharing, node=old.name
             )
             return False
-        reason = _type_difference(old, new)
         verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
         record = Record(
             rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name
