@@ -128,8 +128,11 @@ def _(product: ops.Matmul, rw: Rewriter, by: Affine) -> Value:
     rw.require(by.axis == last, f"the channels are not the last axis of {describe(product.out)}")
     rw.require(product.right.is_constant, f"no operand of {describe(product.out)} is a parameter")
     right = product.right if by.scale is None else times(product.right, by.scale)
-    result = rw.emit_like(product, right=right)
-    return result if by.shift is None else result + by.shift.to(result.dtype)
+    if by.shift is None:
+        return rw.emit_like(product, right=right)
+    rw.require(right.ndim == 2, f"{describe(product.out)} is batched and takes no bias")
+    bias = by.shift.to(right.dtype)
+    return rw.emit(ops.Linear(product.left, right.permute(1, 0), bias), like=product)
 
 
 @_absorb.register

@@ -381,7 +381,9 @@ def drift(graph: Graph, model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             run.run(pytree.tree_leaves(clone_inputs(args, kwargs)), seed=step)
     buffers = dict(twin.named_buffers())
     for name in sorted(own.mutated):
-        if name in buffers and not torch.allclose(own.states[name].tensor, buffers[name], rtol=1e-3):
+        if name in buffers and not torch.allclose(
+            own.states[name].tensor, buffers[name], rtol=1e-3
+        ):
             return f"after three calls the buffer {name} is not the module's"
     return ""
 

@@ -123,7 +123,9 @@ def stored(
     """The state for an evaluated cone: a parameter if it comes from one."""
     sources = [graph.states[str(one.target)] for one in cone if one.op == "get_attr"]
     dtype: torch.dtype = node.meta["val"].dtype
-    tensor = value.to(dtype).contiguous()
+    tensor = value.to(dtype)
+    if not any(tensor.is_contiguous(memory_format=one) for one in _layouts(tensor.ndim)):
+        tensor = tensor.contiguous()
     if any(_shares(tensor, one.tensor) for one in sources):
         tensor = tensor.clone()
     keep = exact if exact.dtype != dtype or value is not exact else None
@@ -133,6 +135,12 @@ def stored(
             return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter", exact=keep)
     kind = "buffer" if any(one.kind == "buffer" for one in sources) else "constant"
     return State(tensor, kind, exact=keep)
+
+
+def _layouts(ndim: int) -> tuple[torch.memory_format, ...]:
+    """The dense layouts worth keeping for a tensor of so many axes."""
+    channels_last = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
+    return (torch.contiguous_format, *channels_last.get(ndim, ()))
 
 
 def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,6 +10,10 @@ import torch
 from graphopt.ir.ops.base import Call, Op, numel, op, overload
 from graphopt.ir.value import Operand, Value
 
+# Schemas give memory formats as numbers where they are defaults.
+_CONTIGUOUS = (0, torch.contiguous_format)
+_PRESERVE = (1, torch.preserve_format)
+
 
 def _size(operand: Operand, magnitude: Any) -> Any:
     return magnitude(operand) if isinstance(operand, Value) else abs(operand)
@@ -395,7 +399,7 @@ class Cast(Op):
         source, found = call["self"].meta, call.out.meta
         if source.device != found.device or source.layout != found.layout:
             return None
-        if call.arguments.get("memory_format") not in (None, torch.preserve_format):
+        if call.arguments.get("memory_format") not in (None, *_PRESERVE):
             return None
         return cls(call["self"], found.dtype, out=call.out)
 
@@ -415,9 +419,7 @@ class Copy(Op):
 
     @classmethod
     def parse(cls, call: Call) -> Op | None:
-        if call.arguments.get("memory_format") not in (
-            None, torch.contiguous_format, torch.preserve_format,
-        ):  # fmt: skip
+        if call.arguments.get("memory_format") not in (None, *_CONTIGUOUS, *_PRESERVE):
             return None
         return cls(call["self"], out=call.out)
 
