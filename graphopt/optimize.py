@@ -159,26 +159,26 @@ def _on_first_call(source: nn.Module, options: Options) -> OptimizedModule:
 def _optimize(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> OptimizedModule:
-    """Optimize a module that belongs to us."""
-    options.say("capturing")
+    """Optimize a module that belongs to us: whole, or else by region."""
     start = time.perf_counter()
     try:
-        captured = capturing.capture(source, args, kwargs, options.dynamic_shapes)
+        return _optimize_whole(source, args, kwargs, options)
     except CaptureError as error:
+        by_region = dataclasses.replace(options, dynamic_shapes=None)
         return optimize_regions(
             source, args, kwargs, error,
-            lambda module, a, k: _optimize_whole(module, a, k, options),
+            lambda module, a, k: _optimize_whole(module, a, k, by_region),
             Report(type(source).__name__, options.mode, str(options.pipeline), options.backend,
                    Capture("regional", time.perf_counter() - start)),
         )  # fmt: skip
-    return _rewrite(source, captured, args, kwargs, options, time.perf_counter() - start)
 
 
 def _optimize_whole(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> OptimizedModule:
+    options.say(f"capturing {type(source).__name__}")
     start = time.perf_counter()
-    captured = capturing.capture(source, args, kwargs)
+    captured = capturing.capture(source, args, kwargs, options.dynamic_shapes)
     return _rewrite(source, captured, args, kwargs, options, time.perf_counter() - start)
 
 
