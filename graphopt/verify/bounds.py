@@ -22,6 +22,8 @@ from graphopt.ir.value import Value
 UNIT_ROUNDOFF = 2.0**-53
 # Roundings per op besides its sum: the product, the bias, and slack for libm's functions.
 ROUNDINGS_PER_OP = 4
+# Where values underflow, errors are absolute: this much more magnitude covers them.
+UNDERFLOW = 2.0**-1000
 
 
 def gamma(count: float) -> float:
@@ -72,7 +74,7 @@ class Site:
 
     def tolerance(self, node: fx.Node) -> Any:
         magnitude = self.magnitudes[node]
-        return None if magnitude is None else gamma(self.counts[node]) * magnitude
+        return None if magnitude is None else gamma(self.counts[node]) * (magnitude + UNDERFLOW)
 
 
 def _abs(value: Any) -> Any:
