@@ -142,7 +142,8 @@ def test_the_cut_is_where_both_computations_meet():
 
 def test_values_that_underflow_are_compared_absolutely():
     model = pair(8, 0.0, 1.0).double()
-    model[0].bias.data.zero_(), model[1].bias.data.zero_()
+    for shift in (model[0].bias, model[1].bias, model[1].running_mean):
+        shift.data.zero_()
     x = 1e-318 * torch.randn(2, 8, 6, 6, dtype=torch.float64)
     report = graphopt.optimize(model, (x,)).report
     assert report.after.batch_norms == 0 and not report.rolled_back
