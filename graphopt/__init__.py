@@ -4,6 +4,7 @@ fast = graphopt.optimize(model, (x,))
 """
 
 from graphopt.artifact import ArtifactError as ArtifactError, load as load
+from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
 from graphopt.ir.capture import CaptureError as CaptureError
 from graphopt.ir.contracts import (
     Algebraic as Algebraic,
@@ -11,11 +12,14 @@ from graphopt.ir.contracts import (
     Exact as Exact,
     Masked as Masked,
 )
+from graphopt.ir.pattern import rewrite_from as rewrite_from
 from graphopt.ir.rewrite import Rewriter as Rewriter, rewrite as rewrite
 from graphopt.module import InputError as InputError, OptimizedModule as OptimizedModule
 from graphopt.optimize import declared_inputs as declared_inputs, optimize as optimize
 from graphopt.passes.base import Pass as Pass, PassError as PassError, RewritePass as RewritePass
 from graphopt.pipeline import Pipeline as Pipeline, PipelineError as PipelineError
 from graphopt.report import Report as Report
+from graphopt.verify.compare import Comparison as Comparison, verify as verify
+from graphopt.verify.side import VerifyError as VerifyError
 
 __version__ = "0.1.0"

@@ -1,14 +1,21 @@
-"""The command line: `graphopt optimize SOURCE`, `graphopt passes [NAME]`.
+"""The command line: `graphopt optimize`, `verify`, `bisect`, `passes`.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 1 anything unexpected.
+Exit codes: 0 done (or equal, or good), 2 bad input (one line on stderr says what), 1 a difference was
+found by `verify` or `bisect`, or anything unexpected.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from graphopt.sources import Source
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -25,74 +32,176 @@ def _fail(error: Exception | str) -> NoReturn:
     raise typer.Exit(2)
 
 
-SOURCE = typer.Argument(
-    help="package.module:callable, torchvision:NAME, timm:NAME, a saved graphopt model, or a .pt2 "
-    "file (with --trust)."
+SOURCE_HELP = (
+    "package.module:callable, torchvision:NAME, timm:NAME, a saved graphopt model, or a .pt2 file "
+    "(with --trust)."
 )
+SOURCE = typer.Argument(help=SOURCE_HELP)
 OUTPUT = typer.Option("-o", "--output", help="Save the result here.")
-PASSES = typer.Option(help="A pipeline, as in canonicalize,fold-batch-norm; default: the mode's.")
+MODE = typer.Option(help="deploy or tune.")
+PASSES = typer.Option(
+    help="A pipeline, as in canonicalize,package.module:my_rewrite; default: the mode's."
+)
 TRUST = typer.Option(help="Load a .pt2 file, which can execute code stored in it.")
+LIMIT = typer.Option(help="Apply this many rewrites at most.", min=0)
+VALIDATE = typer.Option(help="Roll back rewrites that fail their check.")
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever is wrong with a user's input ends the command with one line."""
+    import graphopt
+    from graphopt.backends.base import BackendError
+    from graphopt.sources import SourceError
+
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError
+        raise
+    except (graphopt.PassError, graphopt.PipelineError, graphopt.ArtifactError, BackendError,
+            graphopt.BisectError, graphopt.VerifyError, SourceError, OSError) as error:  # fmt: skip
+        _fail(error)
+    except (RuntimeError, ValueError, TypeError) as error:
+        # The model does not run on these inputs: the first line says what torch found.
+        _fail(f"{source}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("deploy", "tune"):
+        _fail(f"unknown mode {mode!r}; expected deploy or tune")
+
+
+def _load(source: str, trust: bool) -> Source:
+    """The model and the inputs that it comes with, or else declares."""
+    import graphopt
+    from graphopt.sources import load_source
+
+    model, args, kwargs = load_source(source, trust=trust)
+    if not args and not kwargs and graphopt.declared_inputs(model) == (None, None):
+        _fail(f"{source} declares no example inputs; let the callable return (model, inputs)")
+    return model, args, kwargs
 
 
 @app.command()
 def optimize(
     source: Annotated[str, SOURCE],
     output: Annotated[Path | None, OUTPUT] = None,
-    mode: Annotated[str, typer.Option(help="deploy or tune.")] = "deploy",
+    mode: Annotated[str, MODE] = "deploy",
     passes: Annotated[str | None, PASSES] = None,
     backend: Annotated[str, typer.Option(help="eager, inductor, or auto.")] = "eager",
     trust: Annotated[bool, TRUST] = False,
+    bisect_limit: Annotated[int | None, LIMIT] = None,
+    validate: Annotated[bool, VALIDATE] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Optimize a model and print the report."""
     # Everything that can be wrong with the command is checked before torch does any work.
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status("loading torch") as status:
+    with Console(stderr=True).status("loading torch") as status, _one_line(source):
         import graphopt
-        from graphopt.backends.base import BackendError, find
-        from graphopt.sources import SourceError, load_source
+        from graphopt.backends.base import find
 
-        try:
-            pipeline = graphopt.Pipeline(mode if passes is None else passes)
-            if mode not in ("deploy", "tune"):
-                _fail(f"unknown mode {mode!r}; expected deploy or tune")
-            if backend != "auto":
-                find(backend)
-            if output is not None and output.exists() and not (output / "manifest.json").is_file():
-                _fail(f"{output} exists and is not a graphopt artifact; not overwriting it")
-            status.update(f"loading {source}")
-            model, args, kwargs = load_source(source, trust=trust)
-            if not args and not kwargs and graphopt.declared_inputs(model) == (None, None):
-                _fail(
-                    f"{source} declares no example inputs; let the callable return (model, inputs)"
-                )
-        except (graphopt.PassError, graphopt.PipelineError, BackendError, SourceError,
-                graphopt.ArtifactError) as error:  # fmt: skip
-            _fail(error)
-        try:
-            result = graphopt.optimize(
-                model, args or None, kwargs or None, mode=mode, passes=pipeline, backend=backend,
-                progress=status.update,
-            )  # fmt: skip
-        except (RuntimeError, ValueError, TypeError) as error:
-            # The model does not run on these inputs: the first line says what torch found.
-            _fail(f"{source}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        pipeline = graphopt.Pipeline(mode if passes is None else passes)
+        _check_mode(mode)
+        if backend != "auto":
+            find(backend)
+        if output is not None and output.exists() and not (output / "manifest.json").is_file():
+            _fail(f"{output} exists and is not a graphopt artifact; not overwriting it")
+        status.update(f"loading {source}")
+        model, args, kwargs = _load(source, trust)
+        result = graphopt.optimize(
+            model, args or None, kwargs or None, mode=mode, passes=pipeline, backend=backend,
+            validate=validate, bisect_limit=bisect_limit, progress=status.update,
+        )  # fmt: skip
         if output is not None:
             status.update(f"saving {output}")
-            try:
-                result.save(output)
-            except (graphopt.ArtifactError, OSError) as error:
-                _fail(error)
+            result.save(output)
     if as_json:
-        import json
-
         typer.echo(json.dumps(result.report.to_dict(), allow_nan=False))
     else:
         typer.echo(str(result.report))
         if output is not None:
             typer.echo(f"saved      {output}")
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(metavar="A", help=SOURCE_HELP)],
+    optimized: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    trust: Annotated[bool, TRUST] = False,
+    limit: Annotated[
+        float, typer.Option(help="Relative error in float64 of equal models.")
+    ] = 1e-10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare any model with any other; exit with 1 if they differ. Inputs are A's, or else B's."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch") as status:
+        import graphopt
+        from graphopt.sources import load_source
+
+        loaded: list[Source] = []
+        for text in (source, optimized):
+            with _one_line(text):
+                status.update(f"loading {text}")
+                loaded.append(load_source(text, trust=trust))
+        status.update(f"comparing {source} and {optimized}")
+        with _one_line(f"{source} and {optimized}"):
+            (a, args, kwargs), (b, *_) = loaded
+            if not args and not kwargs and graphopt.declared_inputs(a) == (None, None):
+                _, args, kwargs = loaded[1]
+            found = graphopt.verify(a, b, args or None, kwargs or None, limit=limit)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        typer.echo(str(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def bisect(
+    source: Annotated[str, SOURCE],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Write the reproducer here.")
+    ] = Path("reproducer.py"),
+    mode: Annotated[str, MODE] = "deploy",
+    passes: Annotated[str | None, PASSES] = None,
+    predicate: Annotated[
+        str | None,
+        typer.Option(
+            help="A shell command that exits with 0 if a saved model is good; {} stands for its "
+            "path (default: it is the last argument). Without, models are compared in float64."
+        ),
+    ] = None,
+    trust: Annotated[bool, TRUST] = False,
+    verbose: Annotated[bool, typer.Option(help="Show what the predicate prints.")] = False,
+) -> None:
+    """Find the one application of a rewrite that breaks a model; exit with 1 if there is one."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("loading torch") as status, _one_line(source):
+        import graphopt
+        from graphopt.bisect import command
+
+        pipeline = graphopt.Pipeline(mode if passes is None else passes)
+        _check_mode(mode)
+        status.update(f"loading {source}")
+        model, args, kwargs = _load(source, trust)
+        show = (lambda said: typer.echo(said, err=True)) if verbose else None
+        found = graphopt.bisect(
+            model, args or None, kwargs or None, mode=mode, passes=pipeline,
+            predicate=None if predicate is None else command(predicate, show),
+            progress=status.update,
+        )  # fmt: skip
+        if found.record is not None:
+            found.save(output)
+    typer.echo(str(found))
+    if found.record is not None:
+        typer.echo(f"  reproducer {output}")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from graphopt.backends import base as backends
 from graphopt.ir import capture as capturing
 from graphopt.ir.capture import Captured, CaptureError
 from graphopt.ir.cost import cost
-from graphopt.ir.driver import Record, Session
+from graphopt.ir.driver import Applications, Record, Session, Validator
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
@@ -31,7 +33,11 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `optimize` was asked for."""
+    """What `optimize` was asked for.
+
+    `validator` makes what checks the sites of one graph. Without `enforce`, a failed check of the
+    whole model is reported and changes nothing.
+    """
 
     mode: str
     pipeline: Pipeline
@@ -39,6 +45,18 @@ class Options:
     dynamic_shapes: Any = None
     progress: Progress | None = None
     float64_limit: float = 1e-10
+    capture: Callable[..., Captured] = capturing.capture
+    validator: Callable[[Graph, Sequence[Any]], Validator | None] = SiteValidator
+    enforce: bool = True
+    bisect_limit: int | None = None
+    applications: Applications = dataclasses.field(default_factory=Applications)
+
+    def report(self, source: nn.Module, capture: Capture) -> Report:
+        """A report with nothing done yet."""
+        return Report(
+            type(source).__name__, self.mode, str(self.pipeline), self.backend, capture,
+            bisect_limit=self.bisect_limit,
+        )  # fmt: skip
 
     def say(self, what: str) -> None:
         if self.progress is not None:
@@ -54,6 +72,8 @@ def optimize(
     passes: str | Pipeline | Iterable[Any] | None = None,
     backend: str = "eager",
     dynamic_shapes: Any = None,
+    validate: bool = True,
+    bisect_limit: int | None = None,
     progress: Progress | None = None,
 ) -> OptimizedModule:
     """An optimized copy of `model`; the model itself is not changed.
@@ -72,6 +92,10 @@ def optimize(
             the preset of `mode`.
         backend: "eager", "inductor", or "auto", which measures those installed.
         dynamic_shapes: as for `torch.export.export`, in place of the dynamic first axis.
+        validate: False applies rewrites unchecked and rolls nothing back, to study wrong ones; the
+            report still has the error of the whole model.
+        bisect_limit: apply this many rewrites at most; those with `Record.index` from here on are
+            left out.
         progress: called with a line of text at each step.
 
     Returns:
@@ -80,17 +104,37 @@ def optimize(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, unknown modes, passes, backends.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, found {type(model).__name__}")
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
-    pipeline = (
-        passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
-    )
+    pipeline = pipeline_of(mode, passes)
     if backend != "auto":
         backends.find(backend)
-    options = Options(mode, pipeline, backend, dynamic_shapes, progress)
-    args, kwargs = _inputs(model, args, kwargs)
+    if bisect_limit is not None and bisect_limit < 0:
+        raise ValueError(f"bisect_limit: expected a number of rewrites, found {bisect_limit}")
+    options = Options(mode, pipeline, backend, dynamic_shapes, progress, bisect_limit=bisect_limit)
+    if not validate:
+        options = dataclasses.replace(options, validator=unchecked, enforce=False)
+    return optimize_as(model, args, kwargs, options)
+
+
+def pipeline_of(mode: str, passes: str | Pipeline | Iterable[Any] | None) -> Pipeline:
+    """`passes` as a pipeline, or the preset of `mode`."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    return passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
+
+
+def unchecked(graph: Graph, inputs: Sequence[Any]) -> None:
+    """The validator of `validate=False`: none."""
+
+
+def optimize_as(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, options: Options
+) -> OptimizedModule:
+    """`optimize`, with everything that can be chosen in `options`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, found {type(model).__name__}")
+    args, kwargs = as_call(args, kwargs)
+    if args is None:
+        args, kwargs = declared_inputs(model)
     options.say(f"copying {type(model).__name__}")
     source = capturing.copy_module(model)
     if args is None:
@@ -98,57 +142,8 @@ def optimize(
     return _optimize(source, args, dict(kwargs or {}), options)
 
 
-def _inputs(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...] | None, Mapping[str, Any] | None]:
-    if isinstance(args, torch.Tensor):
-        return (args,), kwargs
-    if isinstance(args, Mapping) and kwargs is None:
-        return (), dict(args)
-    if isinstance(args, (tuple, list)):
-        return tuple(args), kwargs
-    if args is not None:
-        raise TypeError(
-            f"args: expected a tuple of inputs or a tensor, found {type(args).__name__}"
-        )
-    if kwargs is not None:
-        return (), kwargs
-    return declared_inputs(model)
-
-
-def declared_inputs(
-    model: nn.Module,
-) -> tuple[tuple[Any, ...] | None, Mapping[str, Any] | None]:
-    """Example inputs that a model itself declares, as (args, kwargs); (None, None) if none."""
-    declared = getattr(model, "example_input_array", None)
-    if isinstance(declared, torch.Tensor):
-        return (declared,), None
-    if isinstance(declared, tuple):
-        return declared, None
-    for found in (declared, _attribute(model, "dummy_inputs")):
-        if isinstance(found, Mapping):
-            return (), dict(found)
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is not None:
-        like = next(model.parameters(), torch.empty(0))
-        generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, *size, generator=generator)
-        return (image.to(like.device, like.dtype),), None
-    return None, None
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    """An attribute whose computation may fail (some models declare inputs they cannot take)."""
-    try:
-        return getattr(model, name, None)
-    except Exception:  # a property of a third party: any failure means "not declared"
-        return None
-
-
 def _on_first_call(source: nn.Module, options: Options) -> OptimizedModule:
-    report = Report(type(source).__name__, options.mode, str(options.pipeline), options.backend,
-                    Capture("not yet", 0.0))  # fmt: skip
+    report = options.report(source, Capture("not yet", 0.0))
     module = OptimizedModule(source, None, report)
     module.__dict__["_pending"] = lambda inner, args, kwargs: _optimize(
         inner, args, kwargs, options
@@ -161,6 +156,8 @@ def _optimize(
 ) -> OptimizedModule:
     """Optimize a module that belongs to us: whole, or else by region."""
     start = time.perf_counter()
+    limit = math.inf if options.bisect_limit is None else options.bisect_limit
+    options = dataclasses.replace(options, applications=Applications(limit))
     try:
         return _optimize_whole(source, args, kwargs, options)
     except CaptureError as error:
@@ -168,8 +165,8 @@ def _optimize(
         return optimize_regions(
             source, args, kwargs, error,
             lambda module, a, k: _optimize_whole(module, a, k, by_region),
-            Report(type(source).__name__, options.mode, str(options.pipeline), options.backend,
-                   Capture("regional", time.perf_counter() - start)),
+            options.report(source, Capture("regional", time.perf_counter() - start)),
+            check=options.enforce,
         )  # fmt: skip
 
 
@@ -178,7 +175,7 @@ def _optimize_whole(
 ) -> OptimizedModule:
     options.say(f"capturing {type(source).__name__}")
     start = time.perf_counter()
-    captured = capturing.capture(source, args, kwargs, options.dynamic_shapes)
+    captured = options.capture(source, args, kwargs, options.dynamic_shapes)
     return _rewrite(source, captured, args, kwargs, options, time.perf_counter() - start)
 
 
@@ -188,10 +185,7 @@ def _rewrite(
 ) -> OptimizedModule:  # fmt: skip
     graph = captured.graph
     inputs = pytree.tree_leaves(capturing.clone_inputs(args, kwargs))
-    report = Report(
-        type(source).__name__, options.mode, str(options.pipeline), options.backend,
-        Capture(captured.method, seconds, captured.notes),
-    )  # fmt: skip
+    report = options.report(source, Capture(captured.method, seconds, captured.notes))
     graph = run_pipeline(graph, inputs, options, report)
     module = build(graph)
     module.train(source.training)
@@ -210,7 +204,7 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     source = graph.clone()
     report.before = cost(graph, inputs)
     full, inputs = inputs, _sample(graph, inputs)
-    session = Session(graph, SiteValidator(graph, inputs))
+    session = Session(graph, options.validator(graph, inputs), options.applications)
     lint(graph, "capture")
     report.passes = options.pipeline.run(session, options.say)
     report.applied = session.applied
@@ -221,10 +215,10 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     options.say("verifying the whole model in float64")
     report.check = check_model(source, graph, inputs, options.float64_limit)
     report.validation_seconds = session.validation_seconds + time.perf_counter() - start
-    if not report.check.ok:
+    if not report.check.ok and options.enforce:
         report.rolled_back = [
             *session.rolled_back,
-            *(dataclasses.replace(one, reason=f"the whole model failed its check: "
+            *(dataclasses.replace(one, index=-1, reason=f"the whole model failed its check: "
               f"{report.check.reason}") for one in session.applied),
         ]  # fmt: skip
         report.applied = []
@@ -237,20 +231,15 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
 
 def _sample(graph: Graph, inputs: list[Any]) -> list[Any]:
     """What to check on: the example inputs, cut to two rows where the batch is dynamic, which is
-    enough to decide meaning. Blank floating inputs (zeros, ones) would hide every error in a
-    weight: they become normal draws."""
+    enough to decide meaning."""
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(node) for node in graph.inputs]
     one_batch = len({str(batch) for batch in batches if batch is not None}) == 1
     sample = []
     for batch, given in zip(batches, inputs, strict=True):
-        if isinstance(given, torch.Tensor):
-            if batch is not None and one_batch:
-                given = given[:2]
-            blank = given.numel() > 1 and bool((given == given.flatten()[0]).all())
-            if given.is_floating_point() and blank:
-                given = torch.randn(given.shape, generator=generator).to(given)
-        sample.append(given)
+        if isinstance(given, torch.Tensor) and batch is not None and one_batch:
+            given = given[:2]
+        sample.append(telling(given, generator))
     return sample
 
 

@@ -1,8 +1,9 @@
 """Pipelines: passes in order, as text that round-trips or as objects.
 
-    canonicalize,fold-batch-norm,materialize{limit=1000}
+    canonicalize,fold-batch-norm,mypackage.passes:drop_relu,materialize{limit=1000}
 
-A preset is a named pipeline and may stand inside another one.
+A preset is a named pipeline and may stand inside another one. An item with a colon is a pass or a
+rewrite by its place: `package.module:Name`, importable from the working directory too.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 
 from graphopt.ir.driver import Session
 from graphopt.ir.lint import lint
-from graphopt.ir.rewrite import Rewrite
-from graphopt.passes.base import Pass, PassError, SingleRewrite, available, find
+from graphopt.passes.base import Pass, PassError, SingleRewrite, as_pass, available, find
+from graphopt.sources import SourceError, import_object
 
 PRESETS = {
     "tune": "canonicalize,fold-batch-norm,canonicalize",
     "deploy": "canonicalize,fold-batch-norm,canonicalize,materialize,canonicalize",
 }
-_STAGE = re.compile(r"([A-Za-z0-9_.-]+)(?:\{([^{}]*)\})?(?:,|$)")
+_STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
 
 
 class PipelineError(ValueError):
@@ -110,18 +111,16 @@ def parse(text: str) -> Iterator[Stage]:
 
 
 def make(name: str, options: str | None = None) -> Pass:
-    """A pass from its name and its options as text.
+    """A pass from its name (or place) and its options as text.
 
     Raises:
         PassError: if there is no such pass or option, or a value has the wrong type.
     """
-    try:
-        cls = find(name)
-    except PassError as error:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise PassError(f"{error}{f'; or the preset {near[0]}?' if near else ''}") from None
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
+    made = _imported(name) if ":" in name else _installed(name)
+    fields = {} if isinstance(made, SingleRewrite) else {
+        field.name: field for field in dataclasses.fields(made)
+    }  # fmt: skip
+    types = typing.get_type_hints(made if isinstance(made, type) else type(made))
     values: dict[str, Any] = {}
     for item in filter(None, (options or "").split(",")):
         key, _, given = item.partition("=")
@@ -129,7 +128,27 @@ def make(name: str, options: str | None = None) -> Pass:
             known = ", ".join(fields) or "none"
             raise PassError(f"{name} has no option {key!r} (options: {known})")
         values[key] = _convert(name, key, given or "true", types[key])
-    return cls(**values)
+    return made(**values) if isinstance(made, type) else dataclasses.replace(made, **values)
+
+
+def _installed(name: str) -> type[Pass]:
+    try:
+        return find(name)
+    except PassError as error:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise PassError(f"{error}{f'; or the preset {near[0]}?' if near else ''}") from None
+
+
+def _imported(place: str) -> Pass | type[Pass]:
+    try:
+        found = import_object(place, "expected package.module:Name, or the name of a pass")
+    except SourceError as error:
+        reason = str(error).removeprefix(f"{place}: ")
+        raise PassError(f"unknown pass {place}: {reason}") from error
+    made = as_pass(found)
+    if made is None:
+        raise PassError(f"{place} is of type {type(found).__name__}, expected a Pass or a Rewrite")
+    return made
 
 
 def _convert(name: str, key: str, given: str, to: Any) -> Any:
@@ -148,14 +167,12 @@ def _convert(name: str, key: str, given: str, to: Any) -> Any:
 def _as_stages(item: Any) -> Iterator[Stage]:
     if isinstance(item, str):
         yield from parse(item)
-    elif isinstance(item, Rewrite):
-        yield Stage(SingleRewrite(item), item.name)
-    elif isinstance(item, type) and issubclass(item, Pass):
-        yield Stage(item(), _spell(item()))
-    elif isinstance(item, Pass):
-        yield Stage(item, _spell(item))
-    else:
+        return
+    made = as_pass(item)
+    if made is None:
         raise PipelineError(f"expected a pass, a rewrite or text; found {item!r}")
+    one = made() if isinstance(made, type) else made
+    yield Stage(one, _spell(one))
 
 
 def _spell(one: Pass) -> str:

@@ -178,12 +178,7 @@ def _check_known(library: str, name: str, known: list[str]) -> None:
 
 def _from_callable(path: str, name: str) -> Source:
     source = f"{path}:{name}"
-    found: Any = _import(path)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            public = [one for one in dir(found) if not one.startswith("_")]
-            raise SourceError(f"{source}: {path} has no {name!r}{_nearest(part, public)}")
-        found = getattr(found, part)
+    found = import_object(source, _EXPECTED)
     if not callable(found):
         raise SourceError(f"{source} is of type {type(found).__name__}, expected a callable")
     try:
@@ -210,7 +205,23 @@ def _from_callable(path: str, name: str) -> Source:
     )
 
 
-def _import(path: str) -> ModuleType:
+def import_object(text: str, expected: str) -> Any:
+    """The object that `package.module:name` names; `.` is importable.
+
+    Raises:
+        SourceError: if there is none; `expected` says what else could have been given.
+    """
+    path, _, name = text.partition(":")
+    found: Any = _import(path, expected)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [one for one in dir(found) if not one.startswith("_")]
+            raise SourceError(f"{text}: {path} has no {name!r}{_nearest(part, public)}")
+        found = getattr(found, part)
+    return found
+
+
+def _import(path: str, expected: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     declare_missing_ops()  # the module may import torchvision
@@ -220,7 +231,7 @@ def _import(path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (path == error.name or path.startswith(error.name + ".")):
             raise SourceError(
-                f"no module {error.name!r} here or among the installed packages; {_EXPECTED}"
+                f"no module {error.name!r} here or among the installed packages; {expected}"
             ) from error
         raise SourceError(f"importing {path} raised {_brief(error)}") from error
     except (Exception, SystemExit) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,14 +32,48 @@ def no_inputs():
 
 def not_a_model():
     return 3
+
+def other():
+    net, inputs = model()
+    net[0].weight.data[0] += 1
+    return net, inputs
+
+def three():
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(3):
+        layers += [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval(), (torch.randn(1, 3, 8, 8),)
+"""
+PASSES = """
+import dataclasses
+import graphopt
+from graphopt.ir import ops
+
+@graphopt.rewrite
+def forget(r: ops.Relu, rw):
+    \"\"\"Wrong: relu(x) = x.\"\"\"
+    rw.match(r.out.where == "5")
+    return r.input
+
+@dataclasses.dataclass(frozen=True)
+class Forget(graphopt.RewritePass):
+    name = "forget"
+    rewrites = (forget,)
+    amount: int = 1
+
+instance = Forget(amount=2)
+number = 3
 """
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mymodels.py").write_text(SOURCE)
+    (tmp_path / "mypasses.py").write_text(PASSES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "mymodels", raising=False)
+    for name in ("mymodels", "mypasses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
@@ -135,3 +171,128 @@ def test_passes_are_listed_and_explained():
     assert "Exact" in run("passes", "drop-dropout").stdout
     bad = run("passes", "fold-batchnorm")
     assert (bad.exit_code, "fold-batch-norm" in bad.stderr) == (2, True)
+
+
+# -- passes of one's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", ["mypasses:forget", "mypasses:Forget", "mypasses:instance",
+                                  "mypasses:Forget{amount=3}", "mypasses:instance{amount=3}"])  # fmt: skip
+def test_a_pass_by_its_place_is_checked_as_any_other(here, item):
+    assert str(graphopt.Pipeline(f"canonicalize,{item},deploy")) == f"canonicalize,{item},deploy"
+    result = run("optimize", "mymodels:three", "--passes", f"{item},deploy", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    (wrong,) = report["rolled_back"]
+    assert (wrong["rewrite"], wrong["where"], wrong["index"]) == ("forget", "5", -1)
+    assert report["after"]["batch_norms"] == 0
+    assert report["check"]["float64_error"] < 1e-10
+
+
+def test_options_reach_passes_by_place(here):
+    stages = graphopt.Pipeline("mypasses:Forget{amount=3},mypasses:instance,mypasses:forget").stages
+    assert [getattr(one.run, "amount", None) for one in stages] == [3, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("mypasses:nothing", ["unknown pass mypasses:nothing: mypasses has no 'nothing'"]),
+        ("mypasses:forgot", ["nearest: forget"]),
+        ("nowhere:Pass", ["no module 'nowhere'", "package.module:Name"]),
+        ("mypasses:number", ["mypasses:number is of type int, expected a Pass or a Rewrite"]),
+        ("mypasses:Forget{much=3}", ["no option 'much'", "amount"]),
+        ("mypasses:forget{amount=3}", ["no option 'amount' (options: none)"]),
+        ("mypasses:", ["cannot read the pipeline at 'mypasses:'"]),
+    ],
+)
+def test_a_pass_that_is_not_there_is_one_clear_line(here, item, words):
+    result = run("optimize", "mymodels:three", "--passes", item)
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+# -- verify and bisect --------------------------------------------------------------------------
+
+
+def test_the_limit_of_applications(here):
+    arguments = ("optimize", "mymodels:three", "--passes", "mypasses:Forget,deploy", "--json")
+    report = json.loads(run(*arguments, "--bisect-limit", "2").stdout)
+    assert [one["index"] for one in report["applied"]] == [0, 1]
+    wrong = json.loads(run(*arguments, "--bisect-limit", "1", "--no-validate").stdout)
+    assert [one["rewrite"] for one in wrong["applied"]] == ["forget"]
+    assert wrong["check"]["reason"]
+    assert run(*arguments, "--bisect-limit", "-1").exit_code == 2
+
+
+def test_verify_compares_a_source_with_what_was_saved(here):
+    assert run("optimize", "torchvision:resnet18", "-o", "fast").exit_code == 0
+    result = run("verify", "torchvision:resnet18", "fast", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["ok"] and found["float64_error"] < found["limit"] < 1e-5
+    assert run("verify", "fast", "torchvision:resnet18").stdout.startswith("equal: ")
+
+
+def test_verify_tells_models_apart(here):
+    result = run("verify", "mymodels:model", "mymodels:other")
+    assert result.exit_code == 1
+    for word in ("NOT EQUAL", "float64", "own dtype", "worst", "parts at   convolution (0)"):
+        assert word in result.stdout
+    data = json.loads(run("verify", "mymodels:model", "mymodels:other", "--json").stdout)
+    assert data["divergence"]["where"] == "0"
+    assert run("verify", "mymodels:no_inputs", "mymodels:no_inputs").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mymodels:model", "nowhere"], ["nowhere"]),
+        (["mymodels:modle", "mymodels:model"], ["nearest: model"]),
+        (["mymodels:model", "mymodels:no_inputs"], ["Sequential", "Linear", "multiplied"]),
+        (["mymodels:no_inputs", "mymodels:no_inputs"], ["no example inputs are declared"]),
+    ],
+    ids=" ".join,
+)
+def test_what_verify_cannot_compare_is_one_clear_line(here, arguments, words):
+    result = run("verify", *arguments)
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_bisect_prints_the_culprit_and_writes_a_reproducer(here):
+    arguments = ("bisect", "mymodels:three", "--passes", "mypasses:Forget,deploy")
+    result = run(*arguments, "-o", "why.py")
+    assert result.exit_code == 1, result.output
+    for word in ("application 0 of ", "forget (Algebraic), pass forget", "where      5", "Relu(",
+                 "why.py"):  # fmt: skip
+        assert word in result.stdout
+    alone = subprocess.run(
+        [sys.executable, here / "why.py"], cwd="/", capture_output=True, text=True
+    )
+    assert (alone.returncode, "float64 error" in alone.stdout) == (1, True), alone.stderr
+
+
+def test_bisect_with_nothing_to_find(here):
+    result = run("bisect", "mymodels:three")
+    assert result.exit_code == 0
+    assert "good: all " in result.stdout
+    assert not (here / "reproducer.py").exists()
+    result = run("bisect", "mymodels:three", "--predicate", "echo looked at {}; false", "--verbose")
+    assert result.exit_code == 2
+    assert "looked at " in result.stderr
+    assert "bad with no rewrite applied" in result.stderr
+
+
+def test_bisect_with_a_command(here):
+    code = "import json, sys; data = json.load(open(sys.argv[1] + '/manifest.json')); "
+    code += "sys.exit(any(one['where'] == '4' for one in data['report']['applied']))"
+    command = f'{sys.executable} -c "{code}"'
+    result = run("bisect", "mymodels:three", "--predicate", command)
+    assert result.exit_code == 1, result.output
+    assert "fold-batch-norm" in result.stdout and "where      4" in result.stdout
+    assert (here / "reproducer.py").is_file()

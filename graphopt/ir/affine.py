@@ -74,7 +74,7 @@ def absorb(rw: Rewriter, value: Value, by: Affine, reader: ops.Op) -> Value:
     if value.is_constant:
         return _on_constant(value, by)
     op = value.op
-    if op is None or type(op) not in _absorb.registry:
+    if not isinstance(op, _registered(_absorb)):
         rw.decline(
             f"its input is computed by {describe(value)}, which a scale and shift cannot enter"
         )
@@ -82,6 +82,11 @@ def absorb(rw: Rewriter, value: Value, by: Affine, reader: ops.Op) -> Value:
         rw.only_user(value, reader), f"the output of {describe(value)} is used elsewhere too"
     )
     return _absorb(op, rw, by)
+
+
+def _registered(table: Any) -> tuple[type, ...]:
+    """The op views that a `singledispatch` table has an entry for."""
+    return tuple(cls for cls in table.registry if cls is not object)
 
 
 def _on_constant(value: Value, by: Affine) -> Value:
@@ -289,7 +294,7 @@ def _(op: Any, rw: Rewriter, by: Affine) -> Value:
 def extract(rw: Rewriter, value: Value) -> tuple[Value, Affine, ops.BatchNorm]:
     """`value` as `scale * y + shift` of some other value y, from the batch norm it comes from."""
     op = value.op
-    rw.match(type(op) in _extract.registry)
+    rw.match(isinstance(op, _registered(_extract)))
     return _extract(op, rw)  # type: ignore[no-any-return]
 
 
@@ -317,7 +322,7 @@ def _takes_input_side(rw: Rewriter, user: Any) -> bool:
     op = rw.view(user)
     if isinstance(op, (ops.Conv, ops.Linear)):
         return True
-    return type(op) in _extract.registry and all(_takes_input_side(rw, u) for u in user.users)
+    return isinstance(op, _registered(_extract)) and all(_takes_input_side(rw, u) for u in user.users)
 
 
 def _passed(rw: Rewriter, op: Any, inner: Value, by: Affine) -> Value:
@@ -400,8 +405,8 @@ def _through_pool(pool: Any, rw: Rewriter, by: Affine) -> None:
 def _through_pad(pad: ops.Pad, rw: Rewriter, by: Affine) -> None:
     rw.require(by.axis not in pad.axes, f"{describe(pad.out)} pads the channel axis")
     rw.require(
-        pad.mode != "constant" or by.shift is None,
-        f"{describe(pad.out)} pads with a constant that a shift would have to change per channel",
+        pad.mode != "constant" or (by.shift is None and (pad.value is None or pad.value == 0)),
+        f"{describe(pad.out)} pads with a constant that would have to differ per channel",
     )
 
 

@@ -27,6 +27,10 @@ class Builder:
         """The op view of a node; None for inputs, states and unknown ops."""
         return base.view(node, self)
 
+    def same(self, left: fx.Node, right: fx.Node) -> bool:
+        """Whether two nodes are one value."""
+        return left is right
+
     def state(self, name: str) -> Value:
         """A parameter or buffer by name."""
         return Value(self.graph.read(name), self)

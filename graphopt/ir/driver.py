@@ -34,7 +34,8 @@ class Record:
     """One thing that happened (or did not) at one place.
 
     `error` and `bound` are absolute, at the element where their ratio is largest, in float64;
-    nan where nothing was measured.
+    nan where nothing was measured. `index` numbers the applications of one optimization in the
+    order of their commits; it is -1 for what was not applied. `stage` is the pass.
     """
 
     rewrite: str
@@ -44,6 +45,21 @@ class Record:
     error: float = math.nan
     bound: float = math.nan
     node: str = ""
+    index: int = -1
+    stage: str = ""
+
+
+@dataclasses.dataclass
+class Applications:
+    """Numbers the applications of one optimization, over all its sessions, and grants `limit` of
+    them at most."""
+
+    limit: float = math.inf
+    count: int = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.count >= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +83,13 @@ class Validator(Protocol):
 class Session:
     """One run of passes over one graph: commits replacements and keeps the records."""
 
-    def __init__(self, graph: Graph, validator: Validator | None = None) -> None:
+    def __init__(
+        self, graph: Graph, validator: Validator | None = None,
+        applications: Applications | None = None,
+    ) -> None:  # fmt: skip
         self.graph = graph
         self.validator = validator
+        self.applications = applications or Applications()
         self.applied: list[Record] = []
         self.rolled_back: list[Record] = []
         self.refused: dict[tuple[str, fx.Node], Record] = {}
@@ -83,8 +103,11 @@ class Session:
         self, rewrite: str, contract: Contract, old: fx.Node, new: fx.Node,
         made: Sequence[fx.Node] = (),
     ) -> bool:  # fmt: skip
-        """Check that `new` may stand for `old`; if so, commit. Returns whether it did."""
-        if (rewrite, old) in self._hopeless:
+        """Check that `new` may stand for `old`; if so, commit. Returns whether it did.
+
+        Once the limit of applications is reached, nothing is committed or recorded any more.
+        """
+        if (rewrite, old) in self._hopeless or self.applications.exhausted:
             return False
         where = self.graph.where(old)
         reason = _type_difference(old, new)
@@ -96,16 +119,18 @@ class Session:
             return False
         verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
         record = Record(
-            rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name
-        )
+            rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name,
+            self.applications.count if verdict.ok else -1, self.pass_name,
+        )  # fmt: skip
         if not verdict.ok:
             self._hopeless.add((rewrite, old))
             self.rolled_back.append(record)
             return False
         for node in made:
-            node.meta["made_by"] = (self.pass_name or rewrite, rewrite, len(self.applied))
+            node.meta["made_by"] = (self.pass_name or rewrite, rewrite, record.index)
         old.replace_all_uses_with(new)
         self.applied.append(record)
+        self.applications.count += 1
         return True
 
     def _validate(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:

@@ -41,8 +41,8 @@ _SAME_ORDER = {
 }  # fmt: skip
 _SAME_VALUE = {
     "aten::detach", "aten::alias", "aten::contiguous", "aten::to", "aten::lift_fresh",
-    "aten::dropout", "aten::type_as", "aten::positive", "aten::expand", "aten::expand_as",
-    "aten::broadcast_to",
+    "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout",
+    "aten::type_as", "aten::positive", "aten::expand", "aten::expand_as", "aten::broadcast_to",
 }  # fmt: skip
 _TRANSPOSES = {"aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT",
                "aten::swapaxes", "aten::swapdims", "aten::movedim"}  # fmt: skip
@@ -79,11 +79,12 @@ class Normalizer:
         self.plain: dict[fx.Node, Any] = {}  # sizes, lists of fresh tensors, ...
         self.lists: dict[fx.Node, int] = {}  # lists of views: the version of what they show
         self.origin: dict[fx.Node, fx.Node] = {}  # inputs and states: what reads their memory
+        self.writes = False  # whether the program writes in place at all
 
     # -- inputs and outputs -------------------------------------------------------------------
 
     def add_external(self, source: fx.Node, node: fx.Node) -> None:
-        node.meta["val"] = source.meta.get("val")
+        node.meta["val"] = settled(source.meta.get("val"), self.fake_mode)
         self.origin[source] = node
         if isinstance(node.meta["val"], torch.Tensor):
             self.places[source] = Place(Cell(node), (), (0, node))
@@ -127,6 +128,7 @@ class Normalizer:
 
     def run(self, module: fx.GraphModule, prefix: str = "") -> None:
         """Copy the calls of a graph module whose placeholders are already known."""
+        self.writes = self.writes or _writes(module)
         for source in module.graph.nodes:
             if source.op == "call_function":
                 self._call(source, module)
@@ -149,7 +151,8 @@ class Normalizer:
             return self._write(source)
         args, kwargs = self._arguments(source)
         returns = schema.returns
-        if len(returns) == 1 and returns[0].alias_info is not None and self._aliases(source):
+        view = len(returns) == 1 and returns[0].alias_info is not None and self._aliases(source)
+        if view or self._passes_on(source):
             base = self.places.get(source.args[0])  # type: ignore[arg-type]
             if base is not None:
                 node = self._emit(target, args, kwargs, source)
@@ -205,6 +208,25 @@ class Normalizer:
             except (RuntimeError, ValueError):
                 return False
         return True
+
+    def _passes_on(self, source: fx.Node) -> bool:
+        """Whether an op whose schema says nothing of it hands back its first argument (or a view of
+        it) all the same, as a dropout does that does not train. It matters to writes alone."""
+        target: Any = source.target
+        base: Any = source.args[0] if source.args else None
+        out = source.meta.get("val")
+        if not self.writes or not isinstance(out, torch.Tensor) or not isinstance(base, fx.Node):
+            return False
+        if target._schema.returns[0].alias_info is not None or base not in self.places:
+            return False
+        if base.meta["val"].dtype != out.dtype or not target.has_kernel_for_dispatch_key(
+            torch._C.DispatchKey.CompositeImplicitAutograd
+        ):
+            return False
+        given: Any = fx.map_arg((source.args, source.kwargs), lambda one: one.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            found = target(*given[0], **given[1])
+        return bool(found.untyped_storage()._cdata == given[0][0].untyped_storage()._cdata)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -368,10 +390,50 @@ class Normalizer:
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=name)
         node.meta["where"] = module_path(source)
         if target is source.target and "val" in source.meta:
-            node.meta["val"] = source.meta["val"]
+            node.meta["val"] = settled(source.meta["val"], self.fake_mode)
         else:
-            node.meta["val"] = infer(self, target, node.args, node.kwargs)  # type: ignore[arg-type]
+            value = infer(self, target, node.args, node.kwargs)  # type: ignore[arg-type]
+            node.meta["val"] = settled(value, self.fake_mode)
         return node
+
+
+def settled(value: Any, fake_mode: Any) -> Any:
+    """A fake value in which sizes that tracing found to be constants are plain integers.
+
+    Tracing goes on with a symbol after something (a loop over an axis) has fixed its value; whoever
+    asks whether a size is dynamic must not see one.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(settled(one, fake_mode) for one in value)
+    if isinstance(value, torch.SymInt):
+        known = value.node.maybe_as_int()
+        return value if known is None else known
+    if not isinstance(value, torch.Tensor) or not value.layout == torch.strided:
+        return value
+    if not any(_is_settled(one) for one in (*value.shape, *value.stride())):
+        return value
+    sizes, strides = settled(tuple(value.shape), None), settled(value.stride(), None)
+    with fake_mode:
+        return torch.empty_strided(
+            sizes, strides, dtype=value.dtype, device=value.device,
+            requires_grad=value.requires_grad,
+        )  # fmt: skip
+
+
+def _is_settled(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None
+
+
+def _writes(module: fx.GraphModule) -> bool:
+    """Whether a graph, or one nested in it, writes to anything."""
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write
+        for inner in module.modules()
+        if isinstance(inner, fx.GraphModule)
+        for node in inner.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        for argument in node.target._schema.arguments
+    )
 
 
 def _spelled(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:

@@ -76,7 +76,7 @@ class Value:
         return self.builder.graph.where(self.node)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and other.node is self.node
+        return isinstance(other, Value) and self.builder.same(self.node, other.node)
 
     def __hash__(self) -> int:
         return hash(self.node)
@@ -131,7 +131,7 @@ class Value:
     def reshape(self, *shape: int) -> Value:
         from graphopt.ir import ops
 
-        if tuple(shape) == self.shape:
+        if len(shape) == self.ndim and tuple(shape) == self.shape:
             return self
         return self.builder.emit(ops.Reshape(self, tuple(shape)))
 

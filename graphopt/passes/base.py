@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from graphopt.ir.driver import Session
 from graphopt.ir.rewrite import Rewrite
@@ -60,6 +60,15 @@ class SingleRewrite(Pass):
 
     def run(self, session: Session) -> None:
         session.run([self.rewrite])
+
+
+def as_pass(found: Any) -> Pass | type[Pass] | None:
+    """A pass or pass class as it is, a rewrite as a pass of its own; None for anything else."""
+    if isinstance(found, Rewrite):
+        return SingleRewrite(found)
+    if isinstance(found, Pass) or (isinstance(found, type) and issubclass(found, Pass)):
+        return found
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -29,8 +29,8 @@ class Report:
     """Everything that was done to a model and why, and everything that was not.
 
     `applied`, `refused` and `rolled_back` hold records with `rewrite`, `where` (module path in the
-    source model), `contract`, `reason`, `error` and `bound` (absolute, in float64). `passes` lists
-    (pass, seconds), validation apart.
+    source model), `contract`, `reason`, `error` and `bound` (absolute, in float64), `index` (of
+    those applied, in order). `passes` lists (pass, seconds), validation apart.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Report:
     backend_notes: list[str] = dataclasses.field(default_factory=list)
     backend_table: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     regions: dict[str, Report] = dataclasses.field(default_factory=dict)
+    bisect_limit: int | None = None  # rewrites that could be applied at most
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes with `allow_nan=False`."""
@@ -121,7 +122,8 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"  bytes      {_si(before.bytes)}B -> {_si(after.bytes)}B moved per run")
     counts = Counter(record.rewrite for record in report.applied)
     done = ", ".join(f"{name} x{count}" for name, count in counts.most_common()) or "none"
-    lines.append(f"  applied    {len(report.applied)}: {done}")
+    stopped = "" if report.bisect_limit is None else f" (at most {report.bisect_limit})"
+    lines.append(f"  applied    {len(report.applied)}: {done}{stopped}")
     worst = max(
         (r for r in report.applied if r.bound > 0), key=lambda r: r.error / r.bound, default=None
     )
@@ -145,7 +147,8 @@ def _lines(report: Report) -> list[str]:
             f"{check.source_error:.1e}, optimized {check.error:.1e} (relative)"
         )
         if check.reason:
-            lines.append(f"             NOT APPLIED: {check.reason}")
+            verdict = "WRONG, but not validated" if report.applied else "NOT APPLIED"
+            lines.append(f"             {verdict}: {check.reason}")
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.passes)
     lines.append(f"  seconds    {spent or '-'}; validation {report.validation_seconds:.2f}")
     lines += [f"  backend    {note}" for note in report.backend_notes]

@@ -1,14 +1,15 @@
-"""What graphopt's own tests use and yours can: generators of networks.
+"""What graphopt's own tests use and yours can.
 
-    from hypothesis import given
-    from graphopt.testing import strategies
+    from graphopt.testing import check, prove, strategies
 
-    @given(strategies.networks())
-    def test_my_rewrite(network):
-        fast = graphopt.optimize(network.module, network.inputs, passes=[my_rewrite])
-        ...
+    assert prove(my_rewrite).proved  # for all shapes and values
+    check(my_rewrite)  # the implementation, on graphs made from its own requirements
 
-`strategies` needs hypothesis, which is imported only when it is asked for.
+
+    @given(strategies.graphs())
+    def test_my_pass(network): ...
+
+`check` and `strategies` need hypothesis; everything is imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.testing import strategies as strategies
+    from graphopt.testing.checking import Counterexample as Counterexample, check as check
+    from graphopt.verify.proof import Proof as Proof, prove as prove
 
-__all__ = ["strategies"]
+_HOMES = {
+    "Counterexample": "graphopt.testing.checking",
+    "Proof": "graphopt.verify.proof",
+    "check": "graphopt.testing.checking",
+    "prove": "graphopt.verify.proof",
+}
+__all__ = ["Counterexample", "Proof", "check", "prove", "strategies"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "strategies":
         return importlib.import_module("graphopt.testing.strategies")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,10 @@ import torch
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter, lift
 
+# Outputs that cancel to nothing are noise in the source too: how much, its own response to a
+# last-bit change of the inputs tells. This many times as much is allowed.
+NOISE = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelCheck:
@@ -47,10 +51,8 @@ def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: floa
         before = relative_error(run(source, False), truth)
         after = relative_error(run(result, False), truth)
         if not meaning <= limit:
-            # Outputs that cancel to nothing are noise in the source too: how much, its own
-            # response to a last-bit change of the inputs tells.
-            inputs = [_nudged(one) for one in inputs]
-            limit = max(limit, 100 * relative_error(run(source, True), truth))
+            inputs = [nudged(one) for one in inputs]
+            limit = max(limit, NOISE * relative_error(run(source, True), truth))
     except Exception as error:
         return ModelCheck(limit=limit, reason=f"raised {type(error).__name__}: {error}")
     reason = ""
@@ -59,7 +61,8 @@ def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: floa
     return ModelCheck(meaning, before, after, limit, reason)
 
 
-def _nudged(value: Any) -> Any:
+def nudged(value: Any) -> Any:
+    """A floating input with its last bit changed."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double() * (1 + 2.0**-52)
     return value

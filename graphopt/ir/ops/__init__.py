@@ -12,7 +12,13 @@ from graphopt.ir.ops.affine import (
     times as times,
     widen as widen,
 )
-from graphopt.ir.ops.base import TABLE as TABLE, Op as Op, op as op, overload as overload
+from graphopt.ir.ops.base import (
+    TABLE as TABLE,
+    Op as Op,
+    Undecided as Undecided,
+    op as op,
+    overload as overload,
+)
 from graphopt.ir.ops.movement import (
     Cat as Cat,
     ChannelShuffle as ChannelShuffle,
@@ -58,6 +64,7 @@ from graphopt.ir.ops.pointwise import (
     Elu as Elu,
     Erf as Erf,
     Exp as Exp,
+    Eye as Eye,
     Full as Full,
     Gelu as Gelu,
     Hardsigmoid as Hardsigmoid,

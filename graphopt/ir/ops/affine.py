@@ -120,12 +120,12 @@ class Conv(Multilinear, Op):
     @property
     def out_channels(self) -> int:
         shape = self.weight.shape
-        return int(shape[1] * self.groups if self.transposed else shape[0])
+        return shape[1] * self.groups if self.transposed else shape[0]  # type: ignore[no-any-return]
 
     @property
     def in_channels(self) -> int:
         shape = self.weight.shape
-        return int(shape[0] if self.transposed else shape[1] * self.groups)
+        return shape[0] if self.transposed else shape[1] * self.groups  # type: ignore[no-any-return]
 
     @property
     def pads(self) -> bool:

@@ -31,8 +31,25 @@ TABLE: dict[Target, list[type[Op]]] = {}
 _RENAME = {"self": "input", "keepdim": "keepdim", "dim": "dim"}
 
 
+class Undecided:
+    """An op that may still become any: asking what it is decides it. The prover's patterns are
+    made of these."""
+
+    def is_a(self, cls: type[Op]) -> bool:
+        raise NotImplementedError
+
+
+class OpType(type):
+    """`isinstance(undecided, cls)` is a question to the undecided op."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if issubclass(type(instance), Undecided):
+            return instance.is_a(cls)  # type: ignore[attr-defined, no-any-return]
+        return super().__instancecheck__(instance)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Op:
+class Op(metaclass=OpType):
     """Base of all op views. `out` is the value the viewed node computes; None for a new op."""
 
     targets: ClassVar[tuple[Target, ...]] = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 
 from graphopt.ir.ops.affine import widen
-from graphopt.ir.ops.base import Call, Op, numel, op, overload
+from graphopt.ir.ops.base import Call, Op, hint, numel, op, overload
 from graphopt.ir.value import Value
 
 
@@ -89,6 +90,26 @@ class BatchNorm(Op):
         return centred * scale + column(self.bias, magnitude, 0.0)
 
 
+def _normalized(op: Any, value: Any, magnitude: Any, count: int, centre: bool) -> Any:
+    """The bound of (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias over the last
+    `count` axes: its derivative applied to the bound of x, and its own rounding.
+
+    dy = (dx - mean(dx)) / s - y mean(y dx) / s, with s the square root.
+    """
+    x, a = value(op.input), magnitude(op.input)
+    dims = tuple(range(-count, 0))
+    eps = torch.finfo(torch.float64).eps if op.eps is None else op.eps
+    mean = x.mean(dims, keepdim=True) if centre else 0.0
+    inverse = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = ((x - mean) * inverse).abs()
+    moved = a + a.mean(dims, keepdim=True) if centre else a
+    bound = 2 * (moved * inverse + y * ((y * moved).mean(dims, keepdim=True) * inverse + 1))
+    if op.weight is not None:
+        bound = bound * magnitude(op.weight)
+    bias = getattr(op, "bias", None)
+    return bound if bias is None else bound + magnitude(bias)
+
+
 @op("layer_norm.default")
 class LayerNorm(Op):
     """Mean and variance over the last `len(normalized_shape)` axes."""
@@ -99,6 +120,13 @@ class LayerNorm(Op):
     bias: Value | None = None
     eps: float = 1e-5
     cudnn_enable: bool = True
+
+    @property
+    def reduction(self) -> int:
+        return prod(map(hint, self.normalized_shape))
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _normalized(self, value, magnitude, len(self.normalized_shape), True)
 
 
 @op("group_norm.default")
@@ -121,6 +149,13 @@ class RMSNorm(Op):
     normalized_shape: tuple[int, ...]
     weight: Value | None = None
     eps: float | None = None
+
+    @property
+    def reduction(self) -> int:
+        return prod(map(hint, self.normalized_shape))
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _normalized(self, value, magnitude, len(self.normalized_shape), False)
 
 
 @op("instance_norm.default")
@@ -145,6 +180,14 @@ class Softmax(Op):
     input: Value
     dim: int
     dtype: torch.dtype | None = None
+
+    @property
+    def reduction(self) -> int:
+        return hint(self.input.shape[self.dim])
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        y, a = run(value), magnitude(self.input)
+        return y * (a + (y * a).sum(self.dim, keepdim=True) + 1)  # dy = y (dx - sum(y dx))
 
 
 @op("log_softmax.int")

@@ -181,16 +181,20 @@ class Sqrt(_Power):
 
 
 class Activation(Unary):
-    """Elementwise nonlinearity. `positively_homogeneous`: f(c x) = c f(x) for every c > 0.
+    """Elementwise nonlinearity. `positively_homogeneous`: f(c x) = c f(x) for every c > 0;
+    `idempotent`: f(f(x)) = f(x).
 
-    Each is 1-Lipschitz with f(0) = 0 where `lipschitz` says so, so rounding passes through.
+    `slope` bounds |f'|, which is what rounding in the input is multiplied by; None if unbounded.
     """
 
     positively_homogeneous: ClassVar[bool] = False
-    lipschitz: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = False
+    slope: ClassVar[float | None] = None
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        return magnitude(self.input) if self.lipschitz else None
+        if self.slope is None:
+            return None
+        return self.slope * magnitude(self.input) + run(value).abs()
 
 
 @op("relu.default")
@@ -198,7 +202,8 @@ class Relu(Activation):
     """`max(input, 0)`."""
 
     positively_homogeneous = True
-    lipschitz = True
+    idempotent = True
+    slope = 1.0
     input: Value
 
 
@@ -209,6 +214,9 @@ class LeakyRelu(Activation):
     positively_homogeneous = True
     input: Value
     negative_slope: float = 0.01
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return max(1.0, abs(self.negative_slope)) * magnitude(self.input)
 
 
 @op("prelu.default")
@@ -246,6 +254,7 @@ class Clamp(Activation):
 class Gelu(Activation):
     """`input * Phi(input)`; `approximate` is "none" or "tanh"."""
 
+    slope = 1.2
     input: Value
     approximate: str = "none"
 
@@ -254,6 +263,7 @@ class Gelu(Activation):
 class Silu(Activation):
     """`input * sigmoid(input)`."""
 
+    slope = 1.1
     input: Value
 
 
@@ -261,6 +271,7 @@ class Silu(Activation):
 class Sigmoid(Activation):
     """`1 / (1 + exp(-input))`."""
 
+    slope = 0.25
     input: Value
 
 
@@ -268,7 +279,7 @@ class Sigmoid(Activation):
 class Tanh(Activation):
     """Hyperbolic tangent."""
 
-    lipschitz = True
+    slope = 1.0
     input: Value
 
 
@@ -276,6 +287,7 @@ class Tanh(Activation):
 class Hardswish(Activation):
     """`input * relu6(input + 3) / 6`."""
 
+    slope = 1.5
     input: Value
 
 
@@ -283,6 +295,7 @@ class Hardswish(Activation):
 class Hardsigmoid(Activation):
     """`relu6(input + 3) / 6`."""
 
+    slope = 0.2
     input: Value
 
 
@@ -300,6 +313,7 @@ class Elu(Activation):
 class Mish(Activation):
     """`input * tanh(softplus(input))`."""
 
+    slope = 1.1
     input: Value
 
 
@@ -307,6 +321,7 @@ class Mish(Activation):
 class Softplus(Activation):
     """`log(1 + exp(beta * input)) / beta`."""
 
+    slope = 1.0
     input: Value
     beta: float = 1
     threshold: float = 20
@@ -318,6 +333,9 @@ class Exp(Activation):
 
     input: Value
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return run(value) * (1 + magnitude(self.input))
+
 
 @op("log.default")
 class Log(Activation):
@@ -325,13 +343,17 @@ class Log(Activation):
 
     input: Value
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input) / value(self.input).abs() + run(value).abs()
+
 
 @op("abs.default")
 class Abs(Activation):
     """`|input|`."""
 
     positively_homogeneous = True
-    lipschitz = True
+    idempotent = True
+    slope = 1.0
     input: Value
 
 
@@ -339,6 +361,7 @@ class Abs(Activation):
 class Erf(Activation):
     """The error function."""
 
+    slope = 1.2
     input: Value
 
 
@@ -346,7 +369,7 @@ class Erf(Activation):
 class Sin(Activation):
     """Sine."""
 
-    lipschitz = True
+    slope = 1.0
     input: Value
 
 
@@ -354,6 +377,7 @@ class Sin(Activation):
 class Cos(Activation):
     """Cosine."""
 
+    slope = 1.0
     input: Value
 
 
@@ -456,3 +480,19 @@ class Full(Op):
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
         return run(value).abs()
+
+
+@op("eye.default", "eye.m")
+class Eye(Op):
+    """The `[n, m]` matrix with ones on its diagonal; `m` is n where None."""
+
+    n: int
+    m: int | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        return self.call(overload("eye.m"), m=self.n if self.m is None else self.m)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return run(value)

@@ -1,0 +1,850 @@
+"""Index notation: a tensor as a function of its indices, and a normal form to compare them by.
+
+    conv:  y[n, o, p] = sum_{c, k} W[o, c, k] [0 <= s p + d k - a < H] x[n, c, s p + d k - a]
+
+An `Expr` is a sum of terms; a `Term` is a coefficient (a rational function of sizes and numbers),
+bound indices that are summed over, and factors: elements of unknown tensors, indicators of index
+conditions, powers, and unknown functions of expressions. Indices are polynomials over the integers;
+a `Space` knows the range of each, and what has been learned about sizes.
+
+Normal form: expand, contract deltas, drop indicators that always hold, split indices into digits
+where a reshape asks for them, rename bound indices canonically, add up coefficients. Equal normal
+forms prove equality for every size and value; a difference is the residual. Every step is an identity
+of finite sums over a field, so a proof is sound; it is incomplete where functions need laws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any
+
+import sympy as sp
+from sympy import Symbol
+
+Mapper = Callable[[Any], Any]
+
+
+class quot(sp.Function):
+    """floor(e / b) that nothing simpler is known for."""
+
+
+class rem(sp.Function):
+    """e - b floor(e / b)."""
+
+
+def sym(value: Any) -> Any:
+    """A size or number as a sympy expression; floats as the simple fraction they stand for."""
+    known = getattr(value, "expr", None)
+    if known is not None:
+        return known
+    if isinstance(value, float) and math.isfinite(value):
+        simple = Fraction(value).limit_denominator(10**6)
+        return sp.Rational(simple if float(simple) == value else Fraction(value))
+    return sp.sympify(value)
+
+
+# -- factors -------------------------------------------------------------------------------------
+
+
+class Factor:
+    """Something that multiplies. `idempotent` factors are 0 or 1."""
+
+    idempotent = False
+    height = 0  # of nested expressions
+
+    def indices(self) -> set[Symbol]:
+        raise NotImplementedError
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        """With every index expression e replaced by f(e)."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+    @cached_property
+    def text(self) -> str:
+        return str(self)
+
+    @cached_property
+    def symbols(self) -> frozenset[Symbol]:
+        return frozenset(self.indices())
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.text == other.text  # type: ignore[attr-defined]
+
+
+def _symbols(values: Iterable[Any]) -> set[Symbol]:
+    return set().union(*(value.free_symbols for value in values))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Element(Factor):
+    """`name[at]`, an entry of a tensor of which nothing is known.
+
+    With `stochastic`, its sum over the last index is 1: the weights of an average."""
+
+    name: str
+    at: tuple[Any, ...]
+    stochastic: bool = False
+
+    def indices(self) -> set[Symbol]:
+        return _symbols(self.at)
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        return Element(self.name, tuple(map(f, self.at)), self.stochastic)
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(map(str, self.at))}]" if self.at else self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inside(Factor):
+    """1 where 0 <= at < size, else 0; for `sure` see `Delta`."""
+
+    at: Any
+    size: Any
+    sure: Any = None
+    idempotent = True
+
+    def indices(self) -> set[Symbol]:
+        return _symbols((self.at, self.size))
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        return Inside(f(self.at), f(self.size), None if self.sure is None else f(self.sure))
+
+    def __str__(self) -> str:
+        sure = "" if self.sure is None else f"; {self.sure}"
+        return f"[0 <= {self.at} < {self.size}{sure}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Delta(Factor):
+    """1 where at = 0, else 0. It is `at = e - u` for an index e that is known to lie inside the
+    size `sure`, and u an index of that size or its digits, if `sure` is given."""
+
+    at: Any
+    sure: Any = None
+    idempotent = True
+
+    def indices(self) -> set[Symbol]:
+        return _symbols((self.at,))
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        return Delta(f(self.at), None if self.sure is None else f(self.sure))
+
+    def __str__(self) -> str:
+        return f"[{self.at} = 0{'' if self.sure is None else f'; {self.sure}'}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call(Factor):
+    """An unknown function of expressions; `parameters` are literals that belong to its name."""
+
+    name: str
+    parameters: tuple[Any, ...]
+    args: tuple[Expr, ...]
+    idempotent: bool = False
+
+    @property
+    def height(self) -> int:  # type: ignore[override]
+        return 1 + max((arg.height for arg in self.args), default=0)
+
+    def indices(self) -> set[Symbol]:
+        return set().union(*(arg.indices() for arg in self.args))
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        parameters = tuple(f(one) if isinstance(one, sp.Basic) else one for one in self.parameters)
+        args = tuple(space.normal(arg.map(space, f)) for arg in self.args)
+        return dataclasses.replace(self, parameters=parameters, args=args)
+
+    def __str__(self) -> str:
+        inside = ", ".join(map(str, self.args))
+        options = "; " + ", ".join(map(str, self.parameters)) if self.parameters else ""
+        return f"{self.name}({inside}{options})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base(Factor):
+    """An expression of several terms, standing under an exponent."""
+
+    expr: Expr
+
+    @property
+    def height(self) -> int:  # type: ignore[override]
+        return 1 + self.expr.height
+
+    def indices(self) -> set[Symbol]:
+        return self.expr.indices()
+
+    def map(self, space: Space, f: Mapper) -> Factor:
+        return Base(space.normal(self.expr.map(space, f)))
+
+    def __str__(self) -> str:
+        return f"({self.expr})"
+
+
+# -- expressions ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """`coefficient * sum over bound of the product of factor ** exponent`."""
+
+    coefficient: Any
+    bound: tuple[Symbol, ...] = ()
+    factors: tuple[tuple[Factor, Any], ...] = ()
+
+    @property
+    def height(self) -> int:
+        return max((factor.height for factor, _ in self.factors), default=0)
+
+    def indices(self) -> set[Symbol]:
+        found = set().union(*(factor.indices() for factor, _ in self.factors))
+        return (found | sp.sympify(self.coefficient).free_symbols) - set(self.bound)
+
+    def __str__(self) -> str:
+        parts = [
+            factor.text + (f"^{exponent}" if exponent != 1 else "")
+            for factor, exponent in self.factors
+        ]
+        sign, coefficient = (
+            ("-", -self.coefficient) if self.coefficient == -1 else ("", self.coefficient)
+        )
+        if coefficient != 1 or not parts:
+            plain = isinstance(coefficient, (sp.Symbol, sp.Rational))
+            parts.insert(0, str(coefficient) if plain else f"({coefficient})")
+        if self.bound:
+            parts.insert(0, f"sum_{{{', '.join(map(str, self.bound))}}}")
+        return sign + " ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expr:
+    """A sum of terms."""
+
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def height(self) -> int:
+        return max((term.height for term in self.terms), default=0)
+
+    def indices(self) -> set[Symbol]:
+        return set().union(*(term.indices() for term in self.terms))
+
+    def map(self, space: Space, f: Mapper) -> Expr:
+        return Expr(tuple(
+            Term(f(term.coefficient), term.bound,
+                 tuple((factor.map(space, f), exponent) for factor, exponent in term.factors))
+            for term in (space.fresh(one) for one in self.terms)
+        ))  # fmt: skip
+
+    def __add__(self, other: Expr) -> Expr:
+        return Expr(self.terms + other.terms)
+
+    def __neg__(self) -> Expr:
+        return self * -1
+
+    def __sub__(self, other: Expr) -> Expr:
+        return self + -other
+
+    def __mul__(self, number: Any) -> Expr:
+        return Expr(tuple(
+            dataclasses.replace(term, coefficient=term.coefficient * number) for term in self.terms
+        ))  # fmt: skip
+
+    def __str__(self) -> str:
+        text = " + ".join(map(str, self.terms)) or "0"
+        return text.replace("+ -", "- ")  # the keys of terms hold text only, so spelling is free
+
+
+def number(value: Any) -> Expr:
+    """A number, or an expression in sizes and numbers, as a constant function."""
+    return Expr((Term(sp.sympify(value)),)) if value != 0 else Expr()
+
+
+def factor(one: Factor) -> Expr:
+    return Expr((Term(sp.Integer(1), (), ((one, sp.Integer(1)),)),))
+
+
+def element(name: str, at: Iterable[Any], stochastic: bool = False) -> Expr:
+    return factor(Element(name, tuple(map(sp.sympify, at)), stochastic))
+
+
+# -- the space of indices and sizes --------------------------------------------------------------
+
+
+class Space:
+    """What is known about sizes, numbers and indices, and the normal form under it."""
+
+    def __init__(self) -> None:
+        self.range: dict[Symbol, Any] = {}
+        self.known: dict[Any, Any] = {}
+        self.digits: dict[Symbol, tuple[Symbol, Symbol, Any]] = {}
+        self.positive: set[str] = set()
+        self.laws: dict[str, None] = {}
+        self._count = itertools.count()
+        self._resolved: dict[Any, Any] = {}
+
+    # -- indices ------------------------------------------------------------------------------
+
+    def index(self, size: Any, name: str = "i") -> Symbol:
+        """A new index with 0 <= index < size."""
+        made = Symbol(f"{name}~{next(self._count)}", integer=True)
+        self.range[made] = sp.sympify(size)
+        return made
+
+    def named(self, name: str, size: Any) -> Symbol:
+        made = Symbol(name, integer=True)
+        self.range[made] = sp.sympify(size)
+        return made
+
+    def learn(self, symbol: Any, value: Any) -> None:
+        """From now on `symbol` is `value`."""
+        self.known[symbol] = value
+        self._resolved.clear()
+
+    def resolve(self, e: Any) -> Any:
+        """An index or size with everything known put in, expanded."""
+        e = sp.sympify(e)
+        if e.is_Integer:
+            return e
+        found = self._resolved.get(e)
+        if found is None:
+            found, start = self._resolve(e), e
+            self._resolved[start] = found
+        return found
+
+    def _resolve(self, e: Any) -> Any:
+        while True:
+            symbols, opaque, e = _parts(e)
+            replace = {one: self.known[one] for one in (*symbols, *opaque) if one in self.known}
+            for v in symbols:
+                if v in self.digits:
+                    hi, lo, radix = self.digits[v]
+                    replace[v] = hi * radix + lo
+                elif v in self.range and self._single(v):
+                    replace[v] = sp.Integer(0)
+            if not replace and not opaque:
+                return e
+            new = e.xreplace(replace)
+            if opaque:
+                new = new.replace(quot, lambda a, b: self.divmod(a, b)[0])
+                new = new.replace(rem, lambda a, b: self.divmod(a, b)[1])
+            new = sp.expand(new)
+            if new == e:
+                return e
+            e = new
+
+    def _single(self, v: Symbol) -> bool:
+        size = self.range[v]
+        return bool(size == 1 or (size.free_symbols and self.resolve(size) == 1))
+
+    def nonnegative(self, e: Any) -> bool:
+        """Whether e >= 0 for all indices in range and all sizes; False if that is not clear."""
+        e = self.resolve(e)
+        for v in sorted(e.free_symbols & self.range.keys(), key=_name):
+            slope = e.coeff(v, 1)
+            rest = sp.expand(e - slope * v)
+            if rest.has(v):
+                return False
+            if _all_positive(slope):
+                e = rest
+            elif _all_positive(-slope):
+                e = sp.expand(rest + slope * (self.resolve(self.range[v]) - 1))
+            else:
+                return False
+        return _all_positive(e)
+
+    def inside(self, e: Any, size: Any) -> bool:
+        return self.nonnegative(e) and self.nonnegative(size - 1 - e)
+
+    def divmod(self, e: Any, b: Any) -> tuple[Any, Any]:
+        """(floor(e / b), e mod b), by splitting indices into digits where that decides it."""
+        e, b = self.resolve(e), self.resolve(b)
+        if b == 1:
+            return e, sp.Integer(0)
+        if e.is_Integer and b.is_Integer:
+            return sp.Integer(int(e) // int(b)), sp.Integer(int(e) % int(b))
+        whole, part = _multiples(e, b)
+        if part == 0:
+            return whole, part
+        if self.inside(part, b):
+            return whole, part
+        for radix in _radices(part, self.range):
+            left = _exact(b, radix)
+            if radix in (1, b) or left is None:
+                continue
+            high, low = _multiples(part, radix)
+            if high != 0 and self.inside(low, radix):
+                q, r = self.divmod(high, left)
+                return whole + q, sp.expand(radix * r + low)
+        for v in sorted(part.free_symbols & self.range.keys(), key=_name):
+            if part.coeff(v, 1) == 1 and self._split(v, b):
+                return self.divmod(e, b)
+        return whole + quot(part, b), rem(part, b)
+
+    def _split(self, v: Symbol, radix: Any) -> bool:
+        """Write v = high * radix + low, if its range is a multiple of radix."""
+        count = _exact(self.resolve(self.range[v]), radix)
+        if count is None or count == 1:
+            return False
+        name = str(v).partition("~")[0]
+        self.digits[v] = self.index(count, name + "h"), self.index(radix, name + "l"), radix
+        self._resolved.clear()
+        return True
+
+    def _leaves(self, v: Symbol) -> list[Symbol]:
+        if v not in self.digits:
+            return [v]
+        high, low, _ = self.digits[v]
+        return self._leaves(high) + self._leaves(low)
+
+    # -- building -----------------------------------------------------------------------------
+
+    def fresh(self, term: Term) -> Term:
+        """The term with its bound indices renamed apart."""
+        if not term.bound:
+            return term
+        renaming: dict[Symbol, Symbol] = {}
+        bound = tuple(self._copy(v, renaming) for v in term.bound)
+        renamed = tuple(
+            (one.map(self, lambda e: sp.sympify(e).xreplace(renaming)), exponent)
+            for one, exponent in term.factors
+        )
+        return Term(term.coefficient, bound, renamed)
+
+    def _copy(self, v: Symbol, renaming: dict[Symbol, Symbol]) -> Symbol:
+        twin = renaming[v] = self.index(self.range[v], str(v).partition("~")[0].partition("#")[0])
+        if v in self.digits:
+            high, low, radix = self.digits[v]
+            self.digits[twin] = self._copy(high, renaming), self._copy(low, renaming), radix
+            self._resolved.clear()
+        return twin
+
+    def product(self, *operands: Expr) -> Expr:
+        terms = [Term(sp.Integer(1))]
+        for operand in operands:
+            new = []
+            for left, right in itertools.product(terms, operand.terms):
+                if set(left.bound) & set(right.bound):
+                    right = self.fresh(right)
+                new.append(Term(left.coefficient * right.coefficient, left.bound + right.bound,
+                                left.factors + right.factors))  # fmt: skip
+            terms = new
+        return Expr(tuple(terms))
+
+    def sum(self, over: Iterable[Symbol], body: Expr) -> Expr:
+        over = tuple(over)
+        return Expr(tuple(
+            dataclasses.replace(term, bound=term.bound + over) for term in body.terms
+        ))  # fmt: skip
+
+    def power(self, base: Expr, exponent: Any) -> Expr:
+        """base ** exponent; for a sum of terms, or a fractional exponent, as an opaque power."""
+        base, exponent = self.normal(base), sp.sympify(exponent)
+        if not base.terms:
+            return base if exponent.is_positive else factor(Call("1/0", (), ()))
+        if exponent.is_Integer and exponent.is_nonnegative and exponent <= 4:
+            return self.product(*[base] * int(exponent))
+        if len(base.terms) == 1 and not base.terms[0].bound:
+            (term,) = base.terms
+            if exponent.is_Integer or (
+                term.coefficient.is_positive
+                and all(self.is_positive(one, e) for one, e in term.factors)
+            ):
+                factors = tuple((one, e * exponent) for one, e in term.factors)
+                return Expr((Term(term.coefficient**exponent, (), factors),))
+        return Expr((Term(sp.Integer(1), (), ((Base(base), exponent),)),))
+
+    def is_positive(self, one: Factor, exponent: Any) -> bool:
+        """Whether factor ** exponent is positive wherever it is defined."""
+        if isinstance(one, Base):
+            return not sp.sympify(exponent).is_Integer
+        return isinstance(one, Element) and one.name in self.positive
+
+    def call(
+        self, name: str, parameters: Iterable[Any], args: Iterable[Expr],
+        homogeneous: bool = False, idempotent: bool = False,
+    ) -> Expr:  # fmt: skip
+        """An unknown function; where `homogeneous`, f(c x) = c f(x) for c > 0 is applied."""
+        args = tuple(map(self.normal, args))
+        outside: Expr = number(1)
+        if homogeneous and len(args) == 1 and args[0].terms:
+            inside, common = self._positive_content(args[0])
+            if common is not None:
+                self.laws[f"{name}(c x) = c {name}(x) for c > 0"] = None
+                args, outside = (self.normal(inside),), common
+        return self.product(outside, factor(Call(name, tuple(parameters), args, idempotent)))
+
+    def _positive_content(self, expr: Expr) -> tuple[Expr, Expr | None]:
+        """The positive factors that all terms share, taken out."""
+        shared = [
+            (one, e) for one, e in expr.terms[0].factors
+            if self.is_positive(one, e) and not one.indices() & set(expr.terms[0].bound)
+            and all((one, e) in term.factors for term in expr.terms)
+        ]  # fmt: skip
+        symbols = [
+            symbol for symbol in sp.sympify(expr.terms[0].coefficient).free_symbols
+            if symbol.is_positive and symbol.is_integer is not True
+            and all(_exact(term.coefficient, symbol) is not None for term in expr.terms)
+        ]  # fmt: skip
+        scale = sp.Mul(*symbols)
+        numbers = [sp.sympify(term.coefficient / scale) for term in expr.terms]
+        if all(one.is_Rational for one in numbers):
+            scale *= abs(numbers[0])
+        if not shared and scale == 1:
+            return expr, None
+        inside = Expr(tuple(
+            Term(sp.cancel(term.coefficient / scale), term.bound,
+                 tuple(pair for pair in term.factors if pair not in shared))
+            for term in expr.terms
+        ))  # fmt: skip
+        return inside, Expr((Term(scale, (), tuple(shared)),))
+
+    # -- the normal form ----------------------------------------------------------------------
+
+    def normal(self, expr: Expr) -> Expr:
+        """The canonical expression equal to `expr`."""
+        while True:
+            found: dict[str, Term] = {}
+            before = len(self.digits), len(self.known)
+            for term in self._simplified(expr):
+                term = self._canonical(term)
+                key = str(dataclasses.replace(term, coefficient=1))
+                if key in found:
+                    total = found[key].coefficient + term.coefficient
+                    term = dataclasses.replace(term, coefficient=total)
+                found[key] = term
+            if before == (len(self.digits), len(self.known)):
+                break
+        terms = []
+        for key in sorted(found):
+            coefficient = _reduced(found[key].coefficient)
+            if coefficient != 0:
+                terms.append(dataclasses.replace(found[key], coefficient=coefficient))
+        return Expr(tuple(terms))
+
+    def difference(self, left: Expr, right: Expr) -> Expr:
+        """The normal form of left - right, common denominators multiplied out; empty if equal."""
+        rest = self.normal(left - right)
+        for _ in range(8):
+            lowest: dict[Factor, Any] = {}
+            for term in rest.terms:
+                for one, e in term.factors:
+                    if isinstance(one, Base) and not one.indices() & set(term.bound):
+                        lowest[one] = min(lowest.get(one, 0), e)
+            lowest = {one: e for one, e in lowest.items() if e < 0}
+            if not rest.terms or not lowest:
+                return rest
+            scale = Expr((Term(sp.Integer(1), (), tuple((one, -e) for one, e in lowest.items())),))
+            cleared = self.normal(self.product(rest, scale))
+            if not cleared.terms:
+                for one in lowest:
+                    self.laws[f"{one} != 0"] = None
+                return cleared
+            if len(cleared.terms) >= len(rest.terms):
+                return rest
+            rest = cleared
+        return rest
+
+    def _simplified(self, expr: Expr) -> Iterable[Term]:
+        stack = list(expr.terms)
+        while stack:
+            term = stack.pop()
+            step = self._step(term)
+            if step is None:
+                continue
+            if isinstance(step, Term):
+                yield step
+            else:
+                stack += step
+
+    def _step(self, term: Term) -> Term | list[Term] | None:
+        """A term simplified as far as it goes, or terms that are still to be simplified."""
+        bound = list(term.bound)
+        factors: dict[Factor, Any] = {}
+        for one, exponent in term.factors:
+            one = one.map(self, self.resolve)
+            if one.idempotent:
+                factors[one] = sp.Integer(1)
+            else:
+                factors[one] = factors.get(one, 0) + exponent
+        coefficient = term.coefficient
+        if coefficient.free_symbols:
+            coefficient = self.resolve(coefficient)
+        bound = [leaf for v in bound for leaf in self._leaves(v)]
+
+        def again(drop: Factor, *more: Any, swap: Mapping[Any, Any] | None = None) -> Term:
+            rest = [(one, e) for one, e in factors.items() if one is not drop]
+            rest += more
+            if swap:
+                rest = [(one.map(self, lambda x: x.xreplace(swap)), e) for one, e in rest]
+            kept = tuple(v for v in bound if v not in (swap or {}))
+            return Term(coefficient, kept, tuple(rest))
+
+        for one, exponent in factors.items():
+            if exponent == 0:
+                return [again(one)]
+            if isinstance(one, Base) and exponent.is_Integer and exponent > 0:
+                power = self.product(*[self._opened(one.expr)] * int(exponent))
+                return list(self.product(Expr((again(one),)), power).terms)
+            if isinstance(one, Delta):
+                if one.sure == 1:
+                    return [again(one)]
+                found = self._delta(one, bound)
+                if found == "zero":
+                    return None
+                if found is not None:
+                    return [again(one, *found[0], swap=found[1])]
+            if isinstance(one, Inside):
+                if one.size == one.sure or self.inside(one.at, one.size):
+                    return [again(one)]
+                if self.nonnegative(-1 - one.at) or self.nonnegative(one.at - one.size):
+                    return None
+                if one.size == 1:
+                    return [again(one, (Delta(one.at), sp.Integer(1)))]
+                if (smaller := self._inside(one)) is not None:
+                    return [again(one, (smaller, sp.Integer(1)))]
+                if (below := self._below(one)) is not None:
+                    rest = again(one)
+                    return [rest, dataclasses.replace(
+                        rest, coefficient=-rest.coefficient,
+                        factors=(*rest.factors, (below, sp.Integer(1))),
+                    )]  # fmt: skip
+            if isinstance(one, Element) and one.stochastic and exponent == 1:
+                v = one.at[-1]
+                if v in bound and not any(v in o.symbols for o in factors if o is not one):
+                    self.laws["the weights of an average add up to 1"] = None
+                    return [again(one, swap={v: sp.Integer(0)})]
+        if (shorter := self._cancelled(coefficient, factors, bound)) is not None:
+            return [shorter]
+        if (tiled := self._tiled(factors, bound)) is not None:
+            return [again(tiled[0], (tiled[1], sp.Integer(1)), swap={tiled[2]: sp.Integer(0)})]
+        used = set().union(*(one.symbols for one in factors))
+        for v in bound:
+            if v not in used:
+                coefficient = coefficient * self.resolve(self.range[v])
+        kept = tuple(v for v in bound if v in used)
+        return Term(sp.sympify(coefficient), kept, tuple(factors.items()))
+
+    def _cancelled(
+        self, coefficient: Any, factors: Mapping[Factor, Any], bound: list[Symbol]
+    ) -> Term | None:
+        """A sum that is a factor of the term, over itself: sum_k A[k] / (sum_k A[k]) = 1."""
+        for base, exponent in factors.items():
+            if not isinstance(base, Base) or exponent >= 0 or len(base.expr.terms) != 1:
+                continue
+            (inner,) = base.expr.terms
+            if not inner.bound:
+                continue
+            for chosen in itertools.permutations(bound, len(inner.bound)):
+                sizes = [[self.resolve(self.range[v]) for v in vs] for vs in (inner.bound, chosen)]
+                if sizes[0] != sizes[1]:
+                    continue
+                swap = dict(zip(inner.bound, chosen, strict=True))
+                renamed = {one.map(self, lambda e, r=swap: e.xreplace(r)): e  # type: ignore[misc]
+                           for one, e in inner.factors}  # fmt: skip
+                rest = {one: e for one, e in factors.items() if one not in renamed}
+                if any(factors.get(one) != e for one, e in renamed.items()):
+                    continue
+                if any(set(chosen) & one.symbols for one in rest):
+                    continue
+                self.laws[f"{base} != 0"] = None
+                rest[base] = exponent + 1
+                kept = tuple(v for v in bound if v not in chosen)
+                return Term(coefficient / inner.coefficient, kept, tuple(rest.items()))
+        return None
+
+    def _tiled(self, factors: Mapping[Factor, Any], bound: list[Symbol]) -> Any:
+        """sum over v < n of [0 <= e - v r < r] = [0 <= e < n r], where v occurs nowhere else."""
+        for v in bound:
+            users = [one for one in factors if v in one.symbols]
+            if len(users) == 1 and isinstance(users[0], Inside):
+                (one,) = users
+                if sp.expand(one.at.coeff(v, 1) + one.size) == 0:
+                    whole = sp.expand(self.resolve(self.range[v]) * one.size)
+                    return one, Inside(sp.expand(one.at + v * one.size), whole, one.sure), v
+        return None
+
+    def _opened(self, expr: Expr) -> Expr:
+        return Expr(tuple(map(self.fresh, expr.terms)))
+
+    def _delta(self, one: Delta, bound: list[Symbol]) -> Any:
+        """What [e = 0] becomes: "zero", or new factors and a substitution; None to keep it."""
+        e = one.at
+        if e == 0:
+            return (), {}
+        if self.nonnegative(e - 1) or self.nonnegative(-1 - e):
+            return "zero"
+        for v in sorted(bound, key=_reads_first):
+            slope = e.coeff(v, 1)
+            if slope in (1, -1):
+                rest = sp.expand(e - slope * v)
+                if not rest.has(v):
+                    value = sp.expand(-rest * slope)
+                    size = self.resolve(self.range[v])
+                    return ((Inside(value, size, one.sure), sp.Integer(1)),), {v: value}
+        for radix in _radices(e, self.range):
+            high, low = _multiples(e, radix)
+            if radix != 1 and high != 0 and low != 0:
+                if self.nonnegative(radix - 1 - low) and self.nonnegative(radix - 1 + low):
+                    pair = tuple(
+                        (Delta(sp.expand(e), one.sure), sp.Integer(1)) for e in (high, low)
+                    )
+                    return pair, {}
+        if str(-e) < str(e):
+            return ((Delta(sp.expand(-e), one.sure), sp.Integer(1)),), {}
+        return None
+
+    def _inside(self, one: Inside) -> Inside | None:
+        """[0 <= high * radix + low < count * radix] = [0 <= high < count]."""
+        for radix in _radices(one.at, self.range):
+            high, low = _multiples(one.at, radix)
+            count = _exact(one.size, radix)
+            if radix != 1 and count is not None and high != 0 and self.inside(low, radix):
+                sure = None if one.sure is None else _exact(one.sure, radix)
+                return Inside(sp.expand(high), count, sure)
+        return None
+
+    def _below(self, one: Inside) -> Inside | None:
+        """t with [0 <= e < size] = 1 - [0 <= e + t < t], where e < size and e + t >= 0 always."""
+        if not self.nonnegative(one.size - 1 - one.at):
+            return None
+        start = -one.at.xreplace({v: 0 for v in one.at.free_symbols & self.range.keys()})
+        if start == 0 or not self.nonnegative(one.at + start):
+            return None
+        return Inside(sp.expand(one.at + start), start)
+
+    def _canonical(self, term: Term) -> Term:
+        """Bound indices renamed to the spelling that sorts first; factors sorted."""
+        level = term.height
+        groups: dict[Any, list[Symbol]] = {}
+        for v in sorted(term.bound, key=lambda v: str(self.resolve(self.range[v]))):
+            groups.setdefault(self.resolve(self.range[v]), []).append(v)
+        best: tuple[list[str], Any] | None = None
+        orders = [itertools.permutations(group) for group in groups.values()]
+        for count, order in enumerate(itertools.product(*orders)):
+            if count >= 5040:
+                break
+            renaming = {
+                v: self._canonical_name(size, i, level)
+                for size, group in zip(groups, order, strict=True) for i, v in enumerate(group)
+            }  # fmt: skip
+            renamed = [
+                (one.map(self, lambda e, r=renaming: e.xreplace(r)) if renaming else one, exponent)  # type: ignore[misc]
+                for one, exponent in term.factors
+            ]
+            renamed.sort(key=lambda pair: f"{pair[0].text}^{pair[1]}")
+            key = [f"{one.text}^{exponent}" for one, exponent in renamed]
+            if best is None or key < best[0]:
+                best = key, (tuple(renaming.values()), tuple(renamed))
+        assert best is not None
+        bound, factors = best[1]
+        return Term(term.coefficient, tuple(sorted(bound, key=_name)), factors)
+
+    def _canonical_name(self, size: Any, i: int, level: int) -> Symbol:
+        name = Symbol(f"{size}#{i}" + (f"@{level}" if level else ""), integer=True)
+        self.range[name] = size
+        return name
+
+
+def _name(v: Symbol) -> str:
+    return str(v.name)
+
+
+def _reads_first(v: Symbol) -> tuple[bool, str]:
+    """Deltas are solved for the index of a read, where there is one."""
+    return not v.name.startswith("u"), v.name
+
+
+@lru_cache(maxsize=1 << 18)
+def _parts(e: Any) -> tuple[frozenset[Symbol], frozenset[Any], Any]:
+    """(the symbols of e, its quotients and remainders, e expanded)."""
+    return frozenset(e.free_symbols), frozenset(e.atoms(quot, rem)), sp.expand(e)
+
+
+@lru_cache(maxsize=1 << 16)
+def _all_positive(e: Any) -> bool:
+    """Whether a polynomial in sizes has no negative coefficient once every size is 1 + something."""
+    if e.is_number:
+        return bool(e >= 0)
+    shift = {}
+    for symbol in e.free_symbols:
+        if symbol.is_positive and symbol.is_integer:
+            shift[symbol] = symbol + 1
+        elif not symbol.is_nonnegative:
+            return False
+    for term in sp.Add.make_args(sp.expand(e.xreplace(shift))):
+        if not term.as_coeff_Mul()[0].is_nonnegative or term.has(quot, rem):
+            return False
+    return True
+
+
+@lru_cache(maxsize=1 << 16)
+def _reduced(coefficient: Any) -> Any:
+    """A coefficient in lowest terms."""
+    return coefficient if coefficient.is_Rational else sp.cancel(sp.together(coefficient))
+
+
+@lru_cache(maxsize=1 << 16)
+def _exact(e: Any, b: Any) -> Any:
+    """e / b if that is a polynomial with integer coefficients, else None."""
+    if b.is_Add:
+        found = sp.cancel(e / b)
+        return None if sp.denom(found).free_symbols or not _integral(found) else sp.expand(found)
+    terms = [term / b for term in sp.Add.make_args(e)]
+    for term in terms:
+        number, rest = term.as_coeff_Mul()
+        if not number.is_Integer or any(
+            not exponent.is_Integer or exponent < 0 for exponent in rest.as_powers_dict().values()
+        ):
+            return None
+    return sp.Add(*terms)
+
+
+def _integral(e: Any) -> bool:
+    return all(
+        sp.sympify(term).as_coeff_Mul()[0].is_Integer for term in sp.Add.make_args(sp.expand(e))
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def _multiples(e: Any, b: Any) -> tuple[Any, Any]:
+    """(sum of the terms of e that b divides, over b; sum of the other terms)."""
+    whole, rest = sp.Integer(0), sp.Integer(0)
+    if b.is_Add:
+        leads = [v for v in sorted(b.free_symbols, key=_name) if b.coeff(v, 1) == 1]
+        if leads and e.is_polynomial(leads[0]):
+            whole, rest = sp.div(e, b, leads[0])
+            return sp.expand(whole), sp.expand(rest)
+    for term in sp.Add.make_args(sp.expand(e)):
+        count = _exact(term, b)
+        if count is None:
+            rest += term
+        else:
+            whole += count
+    return whole, rest
+
+
+def _radices(e: Any, indices: Mapping[Symbol, Any]) -> list[Any]:
+    """The coefficients of indices in e, largest products first."""
+    found = {}
+    for term in sp.Add.make_args(sp.expand(e)):
+        inner = term.free_symbols & indices.keys()
+        if inner:
+            radix = term.xreplace({v: sp.Integer(1) for v in inner})
+            if radix.is_Number:
+                radix = abs(radix)
+            elif radix.as_coeff_Mul()[0] < 0:
+                radix = -radix
+            found[radix] = None
+    return sorted(found, key=lambda r: (-len(r.free_symbols), str(r)))
