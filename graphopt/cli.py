@@ -6,11 +6,14 @@ found by `verify` or `bisect`, or anything unexpected.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -208,18 +211,33 @@ def bisect(
 def passes(
     name: Annotated[str | None, typer.Argument(help="A pass, a rewrite or a preset.")] = None,
 ) -> None:
-    """List the passes, or show one: what it does, its options, its rewrites and contracts."""
-    import dataclasses
+    """List the passes with the state of their proofs, or show one: formula, preconditions, proof.
+
+    Proofs are made on first use and kept under ~/.cache/graphopt.
+    """
     import inspect
-    import sys
+
+    from rich.console import Console
 
     from graphopt.passes.base import PassError, available, find
     from graphopt.pipeline import PRESETS
+    from graphopt.verify.proof import proof_of
+
+    def proof(one: Any) -> Any:
+        with Console(stderr=True).status(f"proving {one.name}"):
+            return proof_of(one)
+
+    def status(one: Any) -> str:
+        if one.unproved:
+            return "checked per site"
+        return "proved" if proof(one).proved else "NOT PROVED"
 
     if name is None:
         width = max(map(len, [*available(), *PRESETS]))
         for key, cls in available().items():
-            typer.echo(f"{key:<{width}}  {cls.summary()}")
+            counts = Counter(map(status, cls.all_rewrites()))
+            proofs = ", ".join(f"{count} {what}" for what, count in counts.items())
+            typer.echo(f"{key:<{width}}  {cls.summary()} [{proofs or 'checked per site'}]")
         for key, text in PRESETS.items():
             typer.echo(f"{key:<{width}}  = {text}")
         return
@@ -232,6 +250,7 @@ def passes(
                 if one.name == name:
                     typer.echo(f"{one.name} ({one.contract}), a rewrite of {cls.name}")
                     typer.echo(inspect.getdoc(one.function))
+                    typer.echo(f"not proved: {one.unproved}" if one.unproved else str(proof(one)))
                     return
     try:
         cls = find(name)
@@ -244,4 +263,15 @@ def passes(
     for field in dataclasses.fields(cls):
         typer.echo(f"option {field.name}: {field.type} = {field.default}")
     for one in cls.all_rewrites():
-        typer.echo(f"  {one.name:<28} {one.contract!s:<10} {one.summary}")
+        typer.echo(f"{one.name} ({one.contract}): {one.summary}")
+        lines = [f"not proved: {one.unproved}"] if one.unproved else str(proof(one)).splitlines()[:1]
+        if not one.unproved:
+            lines += [f"  {line}" for line in _preconditions(proof(one))]
+        for line in lines:
+            typer.echo(f"    {line}")
+
+
+def _preconditions(proof: Any) -> list[str]:
+    if not proof.proved:
+        return [f"residual: {proof.residual}"]
+    return [f"given {one}" for one in proof.conditions]

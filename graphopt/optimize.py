@@ -230,17 +230,39 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
 
 
 def _sample(graph: Graph, inputs: list[Any]) -> list[Any]:
-    """What to check on: the example inputs, cut to two rows where the batch is dynamic, which is
-    enough to decide meaning."""
+    """What to check on: the example inputs, cut to two rows (or what the model needs at least) where
+    the batch is dynamic, which is enough to decide meaning."""
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(node) for node in graph.inputs]
-    one_batch = len({str(batch) for batch in batches if batch is not None}) == 1
+    symbols = {str(batch) for batch in batches if batch is not None}
+    one_batch = len(symbols) == 1 and not _moves(graph, *symbols)
     sample = []
     for batch, given in zip(batches, inputs, strict=True):
         if isinstance(given, torch.Tensor) and batch is not None and one_batch:
-            given = given[:2]
+            given = given[: max(2, least(batch))]
         sample.append(telling(given, generator))
     return sample
+
+
+def least(size: Any) -> int:
+    """The smallest value that tracing left possible for a dynamic size."""
+    environment = size.node.shape_env
+    bounds = environment.var_to_range.get(size.node.expr) if environment is not None else None
+    return int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 0
+
+
+def _moves(graph: Graph, symbol: str) -> bool:
+    """Whether a size becomes that of another axis than the first, where two rows may not do."""
+    return any(
+        symbol in {str(one) for size in tensor.shape[1:] if not isinstance(size, int)
+                   for one in size.node.expr.free_symbols}
+        for node in graph.calls for tensor in _tensors(node.meta.get("val"))
+    )  # fmt: skip
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    leaves = value if isinstance(value, (tuple, list)) else [value]
+    return [one for one in leaves if isinstance(one, torch.Tensor)]
 
 
 def _batch(node: Any) -> Any:

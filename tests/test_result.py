@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graphopt
@@ -349,3 +350,53 @@ def test_else_the_first_call_captures(model, x, mode):
 def test_arguments_of_the_wrong_kind(model, x, call, error, words):
     with pytest.raises(error, match=words):
         call(model, x)
+
+
+SHARING = {
+    "a constant": lambda x: torch.tensor([2, 0, 1]),
+    "a view of x * 1": lambda x: (x * 1)[:, :1],
+    "a view of a copy": lambda x: x.clone()[:, :2],
+    "a copy, detached, and itself": lambda x: (lambda v: ((v * 1).detach(), v))(x.relu()),
+    "views of equal values": lambda x: ((x + 1).view(-1), (x + 1).view(-1)),
+    "a copy through eval dropout": lambda x: F.dropout(x.clone(), 0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_outputs_share_no_memory_that_the_sources_do_not_share(name):
+    class Model(nn.Module):
+        def forward(self, x):
+            return SHARING[name](x)
+
+    def memory(values) -> list[int]:
+        return [one.untyped_storage().data_ptr() for one in values]
+
+    x = torch.randn(5, 3)
+    fast = graphopt.optimize(Model(), (x,))
+    found = fast(x)
+    found = found if isinstance(found, tuple) else (found,)
+    places = memory(found)
+    assert len(set(places)) == len(places)
+    assert not set(places) & set(memory([x, *fast.buffers()]))
+
+
+def test_a_batch_that_becomes_another_axis_is_not_cut_for_the_check():
+    class Transposes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm1d(1), nn.Conv1d(1, 1, 3)
+
+        def forward(self, x):
+            return self.conv(self.norm(x).permute(2, 1, 0))
+
+    report = graphopt.optimize(Transposes().eval(), (torch.randn(5, 1, 1),)).report
+    assert report.check.ok and not report.rolled_back and report.after.batch_norms == 0
+
+
+def test_a_batch_that_must_have_some_size_is_cut_to_that():
+    class Steps(nn.Module):
+        def forward(self, x):
+            return sum(x[t] for t in range(4)) * 1
+
+    report = graphopt.optimize(Steps(), (torch.randn(6, 3),)).report
+    assert report.check.ok and report.applied

@@ -255,7 +255,7 @@ class Session:
 def shared_memory(old: fx.Node, new: fx.Node) -> str:
     """Whether a returned value would come to share memory with an input, a state or another
     output, which the caller may write to; empty if not."""
-    if not any(user.op == "output" for user in old.users):
+    if not _shown(old):
         return ""
     base = _base(new)
     if base is _base(old):
@@ -264,16 +264,36 @@ def shared_memory(old: fx.Node, new: fx.Node) -> str:
         return (
             f"the output would share memory with {base.op.replace('get_attr', 'state')} {base.name}"
         )
-    if any(user.op == "output" for user in base.users):
+    if _shown(base):
         return "two outputs would share memory"
     return ""
+
+
+def _shown(node: fx.Node) -> bool:
+    """Whether an output shows the memory of a node."""
+    stack, seen = [node], {node}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and _base(user) is _base(node):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+_PASSING = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout",
+            "aten::feature_alpha_dropout"}  # fmt: skip
 
 
 def _base(node: fx.Node) -> fx.Node:
     """The node whose memory a view shows."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         schema = getattr(node.target, "_schema", None)
-        view = schema is not None and any(one.alias_info is not None for one in schema.returns)
+        view = schema is not None and (
+            any(one.alias_info is not None for one in schema.returns)
+            or (schema.name in _PASSING and node.args[2] is False)  # returns its very argument
+        )
         if not (view or node.target is operator.getitem) or _dtype(node) != _dtype(node.args[0]):
             break
         node = node.args[0]

@@ -322,11 +322,14 @@ class Normalizer:
         """`base` with the part that `view` shows replaced by `node`."""
         name = view.target._schema.name  # type: ignore[union-attr]
         emit: Callable[..., fx.Node] = lambda target, *args: self._emit(target, args, {}, source)  # noqa: E731
-        rest = fx.map_arg(view.args[1:], self.read)
+        rest: Any = fx.map_arg(view.args[1:], self.read)
         if name == "aten::select":
             return emit(aten.select_scatter.default, base, node, *rest)
         if name == "aten::slice":
             return emit(aten.slice_scatter.default, base, node, *rest)
+        if name == "aten::narrow" and isinstance(rest[1], int) and rest[1] >= 0:
+            dim, start, length = rest
+            return emit(aten.slice_scatter.default, base, node, dim, start, start + length)
         if name == "aten::diagonal":
             return emit(aten.diagonal_scatter.default, base, node, *rest)
         if name in _SAME_VALUE and node.meta["val"].shape == base.meta["val"].shape:

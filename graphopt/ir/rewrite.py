@@ -120,6 +120,7 @@ class Rewrite:
     roots: tuple[type[Op], ...]
     contract: Contract
     explain: bool = False
+    unproved: str = ""
 
     def __call__(self, op: Op, rw: Rewriter) -> Value:
         return self.function(op, rw)
@@ -144,6 +145,7 @@ def rewrite(
     contract: Contract | None = None,
     name: str | None = None,
     explain: bool = False,
+    unproved: str = "",
 ) -> Callable[[Callable[..., Any]], Rewrite]: ...
 def rewrite(
     function: Callable[..., Any] | None = None,
@@ -153,12 +155,14 @@ def rewrite(
     contract: Contract | None = None,
     name: str | None = None,
     explain: bool = False,
+    unproved: str = "",
 ) -> Any:
     """Make a function a rewrite.
 
     The root op (or a union of ops) is the annotation of the first parameter, or `root`.
     `contract` is `Algebraic()` unless said otherwise. With `explain`, declining is reported for
-    every root, also where the pattern does not occur at all.
+    every root, also where the pattern does not occur at all. `unproved` says why the rewrite cannot
+    be proved (see `graphopt.testing.prove`) and what checks it instead.
 
     Raises:
         RewriteError: if the function has no usable annotation.
@@ -167,7 +171,7 @@ def rewrite(
     def make(fn: Callable[..., Any]) -> Rewrite:
         roots = _roots(fn) if root is None else root if isinstance(root, tuple) else (root,)
         title = name or fn.__name__.replace("_", "-")
-        return Rewrite(fn, title, roots, contract or Algebraic(), explain)
+        return Rewrite(fn, title, roots, contract or Algebraic(), explain, unproved)
 
     return make if function is None else make(function)
 

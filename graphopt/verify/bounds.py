@@ -47,7 +47,8 @@ class Site:
         self.values[node] = value
         below = max((self.counts[one] for one in node.all_input_nodes), default=0)
         if is_getitem(node):
-            self.magnitudes[node] = self.magnitudes[node.args[0]][node.args[1]]  # type: ignore[index]
+            whole = self.magnitudes[node.args[0]]  # type: ignore[index]
+            self.magnitudes[node] = None if whole is None else whole[node.args[1]]
             self.counts[node] = below
             return
         op = Builder(self.graph, node).view(node)

@@ -61,6 +61,7 @@ def write_through_views(x):
     y.unsqueeze(0).squeeze(0).add_(1)
     first, second = y.split(2, dim=1)
     second.zero_()
+    y.narrow(1, 1, 2).mul_(3)
     return y + first.sum() + z[3]
 
 
@@ -86,9 +87,26 @@ def masked(x):
     return y
 
 
+def write_to_what_is_passed_on(x):
+    """Ops that hand back their argument itself, without saying so in their schema."""
+    y = x * 2
+    torch.dropout(y, 0.5, False)[:, 0] = 7
+    torch.feature_dropout(y, 0.5, False).add_(1)
+    y.type_as(x)[:, 1:].mul_(3)
+    torch.nn.functional.dropout(x, 0.5, training=False).add_(1)
+    return y
+
+
 @pytest.mark.parametrize(
     "function",
-    [inplace_chain, write_through_views, read_after_write, write_to_the_input, masked],
+    [
+        inplace_chain,
+        write_through_views,
+        read_after_write,
+        write_to_the_input,
+        masked,
+        write_to_what_is_passed_on,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_in_place_ops_become_functional(function):
@@ -301,3 +319,27 @@ def test_a_list_of_views_taken_before_a_write():
         return parts[0] + parts[1]
 
     assert_captured(Lambda(late), torch.randn(3, 4))
+
+
+class Unrolled(nn.Module):
+    """A loop over the first axis, which tracing fixes to the size it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        total = torch.zeros_like(x[0])
+        for step in self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2]):
+            total = total * 0.5 + step
+        return total
+
+
+def test_sizes_that_tracing_fixed_are_not_dynamic():
+    model, x = Unrolled().double(), torch.randn(3, 2, 4, dtype=torch.float64)
+    graph = capture(copy.deepcopy(model), (x,)).graph
+    assert all(isinstance(size, int) for node in graph.inputs for size in node.meta["val"].shape)
+    fast = assert_captured(model, x, exact=False)
+    assert fast.report.rolled_back == []
+    with pytest.raises(ValueError, match=r"expected float64 of shape \[3, 2, 4\]"):
+        fast(torch.randn(4, 2, 4, dtype=torch.float64))

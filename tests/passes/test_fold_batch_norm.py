@@ -938,3 +938,18 @@ def test_golden_consumer_side() -> None:
     assert printed(Head(), x) == captured
     assert printed(Head(), x, FoldBatchNorm()) == tune
     assert printed(Head(), x, FoldBatchNorm(), Materialize()) == deploy
+
+
+def test_a_factor_does_not_pass_a_padding_with_a_constant():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.factor = nn.Conv1d(2, 3, 1), nn.Parameter(torch.randn(3, 1))
+
+        def forward(self, x):
+            return F.pad(self.conv(x), (1, 1), value=0.5) * self.factor
+
+    model, x = Padded().double(), torch.randn(2, 2, 5, dtype=torch.float64)
+    fast = graphopt.optimize(model, (x,))
+    assert any("pads with a constant" in one.reason for one in fast.report.refused)
+    torch.testing.assert_close(fast(x), model(x))

@@ -21,10 +21,20 @@ KINDS: dict[Any, type | None] = {
 }  # fmt: skip
 
 
+def parameters(function: Callable[..., Any], name: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        raise RewriteError(
+            f"{name} is built in and does not say what it takes; expected a function in Python: "
+            f"lambda x: {name}(x)"
+        ) from None
+
+
 def wildcards_of(pattern: Callable[..., Any], name: str) -> dict[str, type | None]:
     """The parameters of a pattern: float or int for numbers, None for tensors."""
     found: dict[str, type | None] = {}
-    for one in inspect.signature(pattern).parameters.values():
+    for one in parameters(pattern, name):
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
             raise RewriteError(f"{name} takes {one}; expected parameters with names")
         if one.default is not one.empty:
@@ -41,10 +51,10 @@ def wildcards_of(pattern: Callable[..., Any], name: str) -> dict[str, type | Non
 
 
 def check_known(function: Callable[..., Any], name: str, wildcards: Any, pattern: str) -> None:
-    for one in inspect.signature(function).parameters:
-        if one not in wildcards:
+    for one in parameters(function, name):
+        if one.name not in wildcards:
             raise RewriteError(
-                f"{name} takes {one}, which {pattern} does not; expected some of "
+                f"{name} takes {one.name}, which {pattern} does not; expected some of "
                 f"{', '.join(wildcards)}"
             )
 
@@ -103,25 +113,12 @@ def examples_for(
     wildcards: Wildcards, inputs: Sequence[Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """A tensor or number for each wildcard on which both functions run."""
-    if inputs is not None:
-        if len(inputs) != len(wildcards):
-            raise RewriteError(
-                f"{names[0]} takes {', '.join(wildcards)}; found {len(inputs)} inputs"
-            )
-        given = dict(zip(wildcards, inputs, strict=True))
-        for (name, kind), one in zip(wildcards.items(), inputs, strict=True):
-            if not isinstance(one, kind or torch.Tensor):
-                wanted = (kind or torch.Tensor).__name__
-                raise RewriteError(
-                    f"{names[0]}: the example of {name} is a {type(one).__name__}; "
-                    f"expected a {wanted}"
-                )
-        return given
     reason = ""
-    for given in _guesses(wildcards):
+    given = None if inputs is None else _given(names[0], wildcards, inputs)
+    for one in _guesses(wildcards) if given is None else (_widened(given),):
         try:
             with torch.no_grad():
-                pair = pattern(**given), replacement(**some(given, replacement))
+                pair = pattern(**one), replacement(**some(one, replacement))
         except MISFITS as error:
             reason = reason or f": {str(error).partition(chr(10))[0]}"
             continue
@@ -129,11 +126,35 @@ def examples_for(
             if not isinstance(result, torch.Tensor):
                 raise RewriteError(f"{name} returns a {type(result).__name__}; expected one tensor")
         if pair[0].shape == pair[1].shape:
-            return given
+            return one
+    if given is not None:
+        return given
     raise RewriteError(
         f"{names[0]} and {names[1]} do not run alike on matrices, vectors and images of sizes 4; "
         f"expected example tensors, inputs=({', '.join(wildcards)}){reason}"
     )
+
+
+def _given(name: str, wildcards: Wildcards, inputs: Sequence[Any]) -> dict[str, Any]:
+    if len(inputs) != len(wildcards):
+        raise RewriteError(f"{name} takes {', '.join(wildcards)}; found {len(inputs)} inputs")
+    for (wildcard, kind), one in zip(wildcards.items(), inputs, strict=True):
+        expected = kind or torch.Tensor
+        if not isinstance(one, expected):
+            raise RewriteError(
+                f"{name}: the example of {wildcard} is of type {type(one).__name__}; expected "
+                f"{expected.__name__}"
+            )
+    return dict(zip(wildcards, inputs, strict=True))
+
+
+def _widened(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of 1 made 2: tracing takes a 1 for a size that must be 1."""
+    return {
+        name: one.repeat([2 if size == 1 else 1 for size in one.shape])
+        if isinstance(one, torch.Tensor) else one
+        for name, one in given.items()
+    }  # fmt: skip
 
 
 def _guesses(wildcards: Wildcards) -> Iterator[dict[str, Any]]:

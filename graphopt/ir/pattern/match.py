@@ -28,6 +28,8 @@ from graphopt.ir.rewrite import Rewriter
 from graphopt.ir.value import Value
 
 COMMUTATIVE = (ops.Add, ops.Mul)
+# Options that say how a value is computed, or that matter in training alone.
+IDLE = ("cudnn_enable", "momentum", "p", "path", "scale_grad_by_freq", "sparse", "sparse_grad")
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError)
 
 
@@ -43,18 +45,31 @@ class Match:
         return Match({**self.found, term: found}, self.later)
 
     @property
+    def wildcards(self) -> dict[str, Any]:
+        """The tensors and numbers by the names of the wildcards."""
+        return {
+            term.name: found for term, found in self.found.items()
+            if isinstance(term, (Tensor, Number))
+        }  # fmt: skip
+
+    @property
     def holds(self) -> bool:
         return all(same(found, evaluate(term, self.found)) for term, found in self.later)
 
 
 def matches(term: Apply, op: Op, match: Match) -> Iterator[Match]:
     """Every way in which `op` is what `term` says: operands of sums and products in both orders."""
-    found = [_field(op, name) for name in term.named]
+    asked = [
+        name for name, part in term.named.items()
+        if not (name in IDLE and isinstance(part, Literal))
+    ]  # fmt: skip
+    parts = [term.named[name] for name in asked]
+    found = [_field(op, name) for name in asked]
     orders = [found]
-    if isinstance(op, COMMUTATIVE) and term.fields[0] != term.fields[1]:
+    if isinstance(op, COMMUTATIVE) and parts[0] != parts[1]:
         orders.append(found[::-1])
     for order in orders:
-        for one in _all(term.fields, order, match):
+        for one in _all(parts, order, match):
             yield one.with_(term, op.out)
 
 

@@ -7,6 +7,7 @@ through torch it becomes a plain number; the `Ledger` knows it again by its valu
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,21 +49,23 @@ class _Symbolic:
         value = function(*map(plain, operands))
         return self.ledger.enter(value, Formula(function, tuple(terms)))
 
-    def _compared(self, other: Any) -> bool:
+    def _compared(self, function: Callable[..., bool], other: Any) -> bool:
+        """The answer where torch checks its arguments; functions themselves may not ask."""
+        if sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "torch":
+            return function(plain(self), plain(other))
         raise RewriteError(
             f"{self.ledger.function} compares {self.term} with {other!r}: a pattern is one "
             "expression for all numbers; say conditions with require="
         )
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compared
-
     def __bool__(self) -> bool:
-        return self._compared(0)
+        return self._compared(operator.ne, 0)
 
 
 def plain(number: Any) -> Any:
-    """A number without its books."""
-    return int(number) if isinstance(number, int) else float(number)
+    """A number without its books; anything else as it is."""
+    kind = int if isinstance(number, Whole) else float if isinstance(number, Real) else None
+    return number if kind is None else kind(number)
 
 
 def _method(function: Callable[..., Any], swapped: bool = False) -> Any:
@@ -73,11 +76,17 @@ def _method(function: Callable[..., Any], swapped: bool = False) -> Any:
     return method
 
 
+def _comparison(function: Callable[..., bool]) -> Any:
+    return lambda self, other: self._compared(function, other)
+
+
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(_Symbolic, f"__{_name}__", _method(getattr(operator, _name)))
     setattr(_Symbolic, f"__r{_name}__", _method(getattr(operator, _name), swapped=True))
 for _name in ("neg", "abs"):
     setattr(_Symbolic, f"__{_name}__", _method(getattr(operator, _name)))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(_Symbolic, f"__{_name}__", _comparison(getattr(operator, _name)))
 
 
 class Real(_Symbolic, float):

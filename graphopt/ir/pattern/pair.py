@@ -20,7 +20,7 @@ from graphopt.ir.pattern.functions import (
     wildcards_of,
 )  # fmt: skip
 from graphopt.ir.pattern.match import Match, emit, evaluate, matches, same
-from graphopt.ir.pattern.terms import Apply, Number, Tensor, Term, counts_axes, counts_sizes, walk
+from graphopt.ir.pattern.terms import Apply, Term, counts_axes, counts_sizes, walk
 from graphopt.ir.pattern.trace import Traced, trace
 from graphopt.ir.rewrite import Declined, Rewrite, Rewriter, describe
 from graphopt.ir.value import Value
@@ -57,7 +57,8 @@ def rewrite_from(
     Args:
         name: what reports call it; by default the pattern's name, or the ops of the two functions.
         inputs: example tensors (and numbers), in the order of the pattern's parameters. By default
-            4 x 4 matrices, vectors and images are tried. Their sizes and values do not matter.
+            4 x 4 matrices, vectors and images are tried. Their sizes and values do not matter,
+            but where a function runs only on a size of 1.
         contract: `Algebraic()` unless said otherwise.
         require: what else must hold, by the reason that the user hears where it does not:
             `{"the bias is not a vector": lambda b: b.ndim == 1}`. A condition gets the values and
@@ -81,7 +82,9 @@ def rewrite_from(
     def function(op: Op, rw: Rewriter) -> Value:
         return pair.apply(op, rw)
 
-    function.__doc__ = inspect.getdoc(pattern) or f"{root} = {after.term}"
+    said = inspect.getdoc(pattern)
+    function.__doc__ = "\n\n".join(filter(None, (said, f"{root} = {after.term}")))
+    function.__module__, function.__qualname__ = pattern.__module__, pattern.__qualname__
     title = name or (spelled(root, after.term) if names[0] == "pattern" else names[0])
     return Rewrite(function, title.replace("_", "-"), (root.cls,), contract or Algebraic())
 
@@ -94,7 +97,7 @@ class _Pair:
     ) -> None:
         self.pattern, self.replacement, self.require = pattern, replacement, require
         self.ones = sorted(pattern.ones | replacement.ones)
-        fixed = counts_axes(pattern.term) or counts_axes(replacement.term)
+        fixed = self.ones or counts_axes(pattern.term) or counts_axes(replacement.term)
         self.ndim = {
             name: one.ndim for name, one in examples.items()
             if fixed and isinstance(one, torch.Tensor)
@@ -108,10 +111,10 @@ class _Pair:
         refusal: Declined | None = None
         assert isinstance(self.pattern.term, Apply)
         for match in matches(self.pattern.term, op, Match()):
-            if not match.holds:
-                continue
             try:
-                return self._replace(op, match, rw)
+                self._check_axes(match, rw)
+                if match.holds:
+                    return self._replace(op, match, rw)
             except Declined as declined:
                 rw.rollback()
                 refusal = refusal or declined
@@ -119,21 +122,21 @@ class _Pair:
             raise refusal
         rw.decline("the pattern does not occur here", near=False)
 
-    def _replace(self, op: Op, match: Match, rw: Rewriter) -> Value:
-        found = {
-            term.name: value for term, value in match.found.items()
-            if isinstance(term, (Tensor, Number))
-        }  # fmt: skip
+    def _check_axes(self, match: Match, rw: Rewriter) -> None:
+        found = match.wildcards
         for name, ndim in self.ndim.items():
             rw.require(
                 found[name].ndim == ndim, f"{name} does not have {ndim} axes, as its example has"
             )
         for name, axis in self.ones:
-            rw.require(same(found[name].shape[axis], 1), f"axis {axis} of {name} is not of size 1")
+            size = found[name].shape[axis]
+            rw.require(same(size, 1), f"axis {axis} of {name} is not of size 1, as in its example")
+
+    def _replace(self, op: Op, match: Match, rw: Rewriter) -> Value:
         for a, b in self.equal:
             rw.require(same(evaluate(a, match.found), evaluate(b, match.found)), f"{a} is not {b}")
         for reason, condition in self.require.items():
-            rw.require(condition(**some(found, condition)), reason)
+            rw.require(condition(**some(match.wildcards, condition)), reason)
         inside = {value.node for term, value in match.found.items() if isinstance(term, Apply)}
         for term, value in match.found.items():
             if isinstance(term, Apply) and value.node is not op.out.node and term not in self.kept:

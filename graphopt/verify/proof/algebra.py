@@ -629,6 +629,12 @@ class Space:
             return [shorter]
         if (tiled := self._tiled(factors, bound)) is not None:
             return [again(tiled[0], (tiled[1], sp.Integer(1)), swap={tiled[2]: sp.Integer(0)})]
+        if (merged := self._merged(factors, bound)) is not None:
+            high, low, whole = merged
+            swap = {high: sp.Integer(0), low: whole}
+            rest = tuple((one.map(self, lambda x: x.xreplace(swap)), e) for one, e in factors.items())
+            kept = tuple(v for v in bound if v not in swap)
+            return [Term(coefficient, (*kept, whole), rest)]
         used = set().union(*(one.symbols for one in factors))
         for v in bound:
             if v not in used:
@@ -673,6 +679,19 @@ class Space:
                 if sp.expand(one.at.coeff(v, 1) + one.size) == 0:
                     whole = sp.expand(self.resolve(self.range[v]) * one.size)
                     return one, Inside(sp.expand(one.at + v * one.size), whole, one.sure), v
+        return None
+
+    def _merged(self, factors: Mapping[Factor, Any], bound: list[Symbol]) -> Any:
+        """Two digits that are read only as high * radix + low are one index: (high, low, index)."""
+        read: set[Any] = set()
+        for one in factors:
+            one.map(self, lambda e: read.add(e) or e)  # type: ignore[func-returns-value]
+        for high, low in itertools.permutations(bound, 2):
+            radix = self.resolve(self.range[low])
+            seen = [e for e in read if e.free_symbols & {high, low}]
+            if seen and all(_proportional(e, high, low, radix) for e in seen):
+                name = high.name.partition("~")[0].removesuffix("h")
+                return high, low, self.index(sp.expand(self.resolve(self.range[high]) * radix), name)
         return None
 
     def _opened(self, expr: Expr) -> Expr:
@@ -787,6 +806,14 @@ def _all_positive(e: Any) -> bool:
         if not term.as_coeff_Mul()[0].is_nonnegative or term.has(quot, rem):
             return False
     return True
+
+
+@lru_cache(maxsize=1 << 16)
+def _proportional(e: Any, high: Symbol, low: Symbol, radix: Any) -> bool:
+    """Whether e is linear in both indices, as in high * radix + low."""
+    slope = e.coeff(low, 1)
+    rest = sp.expand(e - slope * (high * radix + low))
+    return not slope.has(high, low) and not rest.has(high, low)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -50,7 +50,7 @@ def _shape(p: Pattern, shape: Shape, ranks: tuple[int, ...] = (2, 3)) -> Shape:
     if shape is not None:
         return shape
     rank = p.choose(ranks, "rank")
-    p.brief = rank > 3  # what may be left out was left out at the lower ranks
+    p.brief = rank > ranks[0] and rank > 2  # what may be left out was left out at the least rank
     return tuple(p.size(name) for name in AXES[:rank])
 
 
