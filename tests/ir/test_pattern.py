@@ -1,4 +1,4 @@
-"""The specification of `rewrite_from`: a pattern and a replacement, two plain functions, as a rewrite."""
+"""The specification of `rewrite_from`: two plain functions, a pattern and a replacement."""
 
 from __future__ import annotations
 

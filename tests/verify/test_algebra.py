@@ -1,8 +1,8 @@
 """The algebra of proofs: no step changes the value of an expression.
 
 Random expressions over symbolic sizes are evaluated by brute force with numbers for the sizes,
-before and after. Tensors are infinite here: what is read outside of one has a value too, and only an
-indicator may take it away.
+before and after. Tensors are infinite here: what is read outside of one has a value too, and only
+an indicator may take it away.
 """
 
 from __future__ import annotations
@@ -431,12 +431,12 @@ def test_weights_add_up_to_one_over_their_whole_range_alone():
 
     def total(size: Any) -> Expr:
         j = s.index(size, "j")
-        return s.sum((j,), element("S:N", (p, j), stochastic=True))
+        return s.sum((j,), element("S:N", (p, j), stochastic=N))
 
     part = s.index(N, "z")
     eye = s.index(N + M, "j")
     # rows of an average of the columns of an identity [N, N + M], added up over the N rows
-    weights = element("S:N+M", (p, eye), stochastic=True)
+    weights = element("S:N+M", (p, eye), stochastic=N + M)
     rows = s.sum((part,), s.sum((eye,), s.product(factor(Delta(part - eye)), weights)))
     assert s.difference(rows, number(1)).terms
     assert not s.difference(total(N), number(1)).terms
@@ -445,7 +445,7 @@ def test_weights_add_up_to_one_over_their_whole_range_alone():
 def test_weights_of_the_same_index_twice_do_not_add_up_to_one():
     s = Space()
     j = s.index(N, "j")
-    assert s.difference(s.sum((j,), element("S", (j, j), stochastic=True)), number(1)).terms
+    assert s.difference(s.sum((j,), element("S", (j, j), stochastic=N)), number(1)).terms
 
 
 @pytest.mark.parametrize("one", [

@@ -7,6 +7,7 @@ difference; a rule without a precondition that it needs is a false one.
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -549,8 +550,9 @@ def test_a_loop_over_a_size_ends():
 
     @rewrite(name="loops")
     def rule(op: ops.Relu, rw):
-        for steps, _ in enumerate(range(op.out.shape[0])):
-            if steps > 1 << 20:
+        start = time.perf_counter()
+        for _ in range(op.out.shape[0]):
+            if time.perf_counter() > start + 20:
                 pytest.fail("the loop would go on for hours")
         return rw.emit_like(op)
 

@@ -44,7 +44,8 @@ def wildcards_of(pattern: Callable[..., Any], name: str) -> dict[str, type | Non
             )
         if one.annotation not in KINDS:
             raise RewriteError(
-                f"{name} has a parameter {one}; expected a tensor (no annotation), a float or an int"
+                f"{name} has a parameter {one}; expected a tensor (no annotation), a float or an "
+                "int"
             )
         found[one.name] = KINDS[one.annotation]
     return found

@@ -46,10 +46,10 @@ def rewrite_from(
             return F.linear(x, w, b)
 
     Parameters of `pattern` stand for any tensor, those annotated `float` or `int` for any number
-    literal; one that occurs twice is the same value at each place. `replacement` takes some of them,
-    by name, and may calculate with the numbers (`+ - * / // % ** abs`). Sums and products match in
-    both orders of their operands, and every spelling of an op matches. Where the functions name axes
-    or sizes, tensors match if they have as many axes as the examples.
+    literal; one that occurs twice is the same value at each place. `replacement` takes some of
+    them, by name, and may calculate with the numbers (`+ - * / // % ** abs`). Sums and products
+    match in both orders of their operands, and every spelling of an op matches. Where the functions
+    name axes or sizes, tensors match if they have as many axes as the examples.
 
     It declines where a value inside the pattern is used elsewhere too, unless the replacement keeps
     it, and where the result would have another shape or dtype.

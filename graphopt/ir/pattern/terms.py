@@ -1,7 +1,7 @@
 """Terms: what a plain function computes, as op views whose operands are wildcards.
 
-A term is a value: equal terms are equal expressions, so one dictionary holds both what the wildcards
-stand for and which value of the graph computes which part of a pattern.
+A term is a value: equal terms are equal expressions, so one dictionary holds both what the
+wildcards stand for and which value of the graph computes which part of a pattern.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a plain PyTorch function to the term it computes, by graphopt's own capture.
 
-Every size of the example tensors is dynamic while the function is traced, so that a size in the term
-is one the function asked for, and never one that the example happened to have.
+Every size of the example tensors is dynamic while the function is traced, so that a size in the
+term is one the function asked for, and never one that the example happened to have.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ class rem(sp.Function):
 
 def sym(value: Any) -> Any:
     """A size or number as a sympy expression; floats as the simple fraction they stand for."""
+    if isinstance(value, sp.Basic):
+        return value
     known = getattr(value, "expr", None)
     if known is not None:
         return known
@@ -90,17 +92,18 @@ def _symbols(values: Iterable[Any]) -> set[Symbol]:
 class Element(Factor):
     """`name[at]`, an entry of a tensor of which nothing is known.
 
-    With `stochastic`, its sum over the last index is 1: the weights of an average."""
+    With `stochastic`, its sum over a last index of that size is 1: the weights of an average."""
 
     name: str
     at: tuple[Any, ...]
-    stochastic: bool = False
+    stochastic: Any = None
 
     def indices(self) -> set[Symbol]:
         return _symbols(self.at)
 
     def map(self, space: Space, f: Mapper) -> Factor:
-        return Element(self.name, tuple(map(f, self.at)), self.stochastic)
+        sums = None if self.stochastic is None else f(self.stochastic)
+        return Element(self.name, tuple(map(f, self.at)), sums)
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(map(str, self.at))}]" if self.at else self.name
@@ -275,7 +278,7 @@ def factor(one: Factor) -> Expr:
     return Expr((Term(sp.Integer(1), (), ((one, sp.Integer(1)),)),))
 
 
-def element(name: str, at: Iterable[Any], stochastic: bool = False) -> Expr:
+def element(name: str, at: Iterable[Any], stochastic: Any = None) -> Expr:
     return factor(Element(name, tuple(map(sp.sympify, at)), stochastic))
 
 
@@ -377,6 +380,8 @@ class Space:
         whole, part = _multiples(e, b)
         if part == 0:
             return whole, part
+        if part.is_Integer and b.is_Integer:
+            return whole + int(part) // int(b), sp.Integer(int(part) % int(b))
         if self.inside(part, b):
             return whole, part
         for radix in _radices(part, self.range):
@@ -437,8 +442,11 @@ class Space:
             for left, right in itertools.product(terms, operand.terms):
                 if set(left.bound) & set(right.bound):
                     right = self.fresh(right)
-                new.append(Term(left.coefficient * right.coefficient, left.bound + right.bound,
-                                left.factors + right.factors))  # fmt: skip
+                scale = left.coefficient * right.coefficient
+                for lost in _free(left.coefficient) | _free(right.coefficient) - _free(scale):
+                    if not lost.is_positive and lost not in _free(scale):
+                        self.laws[f"{lost} != 0"] = None
+                new.append(Term(scale, left.bound + right.bound, left.factors + right.factors))
             terms = new
         return Expr(tuple(terms))
 
@@ -457,8 +465,10 @@ class Space:
             return self.product(*[base] * int(exponent))
         if len(base.terms) == 1 and not base.terms[0].bound:
             (term,) = base.terms
-            if exponent.is_Integer or (
+            masked = any(one.idempotent for one, _ in term.factors)
+            if (exponent.is_Integer and not masked) or (
                 term.coefficient.is_positive
+                and not masked
                 and all(self.is_positive(one, e) for one, e in term.factors)
             ):
                 factors = tuple((one, e * exponent) for one, e in term.factors)
@@ -495,7 +505,7 @@ class Space:
         symbols = [
             symbol for symbol in sp.sympify(expr.terms[0].coefficient).free_symbols
             if symbol.is_positive and symbol.is_integer is not True
-            and all(_exact(term.coefficient, symbol) is not None for term in expr.terms)
+            and all(not sp.denom(sp.cancel(term.coefficient / symbol)).has(symbol) for term in expr.terms)
         ]  # fmt: skip
         scale = sp.Mul(*symbols)
         numbers = [sp.sympify(term.coefficient / scale) for term in expr.terms]
@@ -577,6 +587,12 @@ class Space:
             if one.idempotent:
                 factors[one] = sp.Integer(1)
             else:
+                if (
+                    one in factors
+                    and not exponent.is_Integer
+                    and (factors[one] + exponent).is_Integer
+                ):
+                    self.laws[f"{one} >= 0"] = None
                 factors[one] = factors.get(one, 0) + exponent
         coefficient = term.coefficient
         if coefficient.free_symbols:
@@ -593,6 +609,7 @@ class Space:
 
         for one, exponent in factors.items():
             if exponent == 0:
+                self.laws[f"{one} != 0"] = None
                 return [again(one)]
             if isinstance(one, Base) and exponent.is_Integer and exponent > 0:
                 power = self.product(*[self._opened(one.expr)] * int(exponent))
@@ -620,9 +637,11 @@ class Space:
                         rest, coefficient=-rest.coefficient,
                         factors=(*rest.factors, (below, sp.Integer(1))),
                     )]  # fmt: skip
-            if isinstance(one, Element) and one.stochastic and exponent == 1:
+            if isinstance(one, Element) and one.stochastic is not None and exponent == 1:
                 v = one.at[-1]
-                if v in bound and not any(v in o.symbols for o in factors if o is not one):
+                others = _symbols(one.at[:-1]).union(*(o.symbols for o in factors if o is not one))
+                whole = v in bound and self.resolve(self.range[v]) == one.stochastic
+                if whole and v not in others:
                     self.laws["the weights of an average add up to 1"] = None
                     return [again(one, swap={v: sp.Integer(0)})]
         if (shorter := self._cancelled(coefficient, factors, bound)) is not None:
@@ -632,7 +651,9 @@ class Space:
         if (merged := self._merged(factors, bound)) is not None:
             high, low, whole = merged
             swap = {high: sp.Integer(0), low: whole}
-            rest = tuple((one.map(self, lambda x: x.xreplace(swap)), e) for one, e in factors.items())
+            rest = tuple(
+                (one.map(self, lambda x: x.xreplace(swap)), e) for one, e in factors.items()
+            )
             kept = tuple(v for v in bound if v not in swap)
             return [Term(coefficient, (*kept, whole), rest)]
         used = set().union(*(one.symbols for one in factors))
@@ -691,7 +712,11 @@ class Space:
             seen = [e for e in read if e.free_symbols & {high, low}]
             if seen and all(_proportional(e, high, low, radix) for e in seen):
                 name = high.name.partition("~")[0].removesuffix("h")
-                return high, low, self.index(sp.expand(self.resolve(self.range[high]) * radix), name)
+                return (
+                    high,
+                    low,
+                    self.index(sp.expand(self.resolve(self.range[high]) * radix), name),
+                )
         return None
 
     def _opened(self, expr: Expr) -> Expr:
@@ -774,6 +799,10 @@ class Space:
         name = Symbol(f"{size}#{i}" + (f"@{level}" if level else ""), integer=True)
         self.range[name] = size
         return name
+
+
+def _free(e: Any) -> Any:
+    return sp.sympify(e).free_symbols
 
 
 def _name(v: Symbol) -> str:

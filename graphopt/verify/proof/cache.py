@@ -19,8 +19,11 @@ from graphopt.verify.proof.prove import Proof, prove
 def proof_of(rewrite: Rewrite, seconds: float = 60.0) -> Proof:
     """The proof of a rewrite, from the cache if nothing it depends on has changed since."""
     path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graphopt/proofs.json"
+    source = _source(rewrite)
+    if not source:
+        return prove(rewrite, seconds=seconds)
     known = _read(path)
-    key = hashlib.sha256(f"{_prover()} {rewrite.name} {_source(rewrite)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{_prover()} {rewrite.name} {source}".encode()).hexdigest()
     if key in known:
         fields = known[key]
         return Proof(**{**fields, "conditions": tuple(fields["conditions"])})
@@ -44,12 +47,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _source(rewrite: Rewrite) -> str:
-    """The file a rewrite is written in."""
+    """The file a rewrite is written in, and what it says of itself (a pattern and a replacement
+    are written out there)."""
     module = sys.modules.get(rewrite.function.__module__)
     try:
-        return inspect.getsource(module if module is not None else rewrite.function)
+        source = inspect.getsource(module if module is not None else rewrite.function)
     except (OSError, TypeError):
-        return repr(rewrite.function)
+        source = ""
+    return source + (inspect.getdoc(rewrite.function) or "")
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from graphopt.ir import ops
@@ -32,15 +33,17 @@ def general(cls: type[Op]) -> Make:
     return _TABLE[cls]
 
 
-def candidates(cls: type[Op]) -> list[type[Op]]:
+@cache
+def candidates(cls: type[Op]) -> tuple[type[Op], ...]:
     """The op classes with an entry that are a `cls`."""
-    return [one for one in _TABLE if issubclass(one, cls)]
+    return tuple(one for one in _TABLE if issubclass(one, cls))
 
 
 def entry(*classes: type[Op]) -> Callable[[Make], Make]:
     def enter(make: Make) -> Make:
         for cls in classes:
             _TABLE[cls] = make
+        candidates.cache_clear()
         return make
 
     return enter
@@ -50,7 +53,7 @@ def _shape(p: Pattern, shape: Shape, ranks: tuple[int, ...] = (2, 3)) -> Shape:
     if shape is not None:
         return shape
     rank = p.choose(ranks, "rank")
-    p.brief = rank > ranks[0] and rank > 2  # what may be left out was left out at the least rank
+    p.brief = rank > 3  # what may be left out was left out at the lower ranks
     return tuple(p.size(name) for name in AXES[:rank])
 
 

@@ -8,6 +8,7 @@ known. This table is what a proof trusts; tests/verify/test_notation.py holds it
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from math import prod
@@ -100,7 +101,7 @@ def unknown(op: Any, at: Index, r: Reader) -> Expr:
         generic = tuple(
             r.space.named(f"@{axis}:{sym(size)}", size) for axis, size in enumerate(value.shape)
         )
-        return str(r.space.normal(r.at(value, generic)))
+        return f"{r.space.normal(r.at(value, generic))}: [{', '.join(map(str, value.shape))}]"
 
     fields = [one.name for one in dataclasses.fields(op) if one.name != "out"]
     options = ", ".join(name(getattr(op, field)) for field in fields)
@@ -187,7 +188,10 @@ def _(op: ops.Conv, at: Index, r: Reader) -> Expr:
         )
         masks = []
         padded = {axis + 1 + i: size for i, size in enumerate(image)}
-        sure = tuple(axis + 1 + i for i, a in enumerate(padding) if literally(a, 0))
+        sure = tuple(
+            axis + 1 + i for i, a in enumerate(padding)
+            if literally(a, 0) and not isinstance(op.padding, str)
+        )  # fmt: skip
         weight = r.at(op.weight, (channel, c, *kernel))
         bound = (c, *kernel)
     read = r.masked(op.input, (*batch, reads, *source), padded, sure)
@@ -199,6 +203,8 @@ def _(op: ops.Conv, at: Index, r: Reader) -> Expr:
 def _(op: ops.Linear) -> Sizes:
     _same(op.input.shape[-1], op.weight.shape[1], "features of the input and of the weight")
     if op.bias is not None:
+        if op.bias.ndim != 1:
+            raise ShapeError(f"a bias of {op.bias.ndim} axes")
         _same(op.bias.shape[0], op.weight.shape[0], "the bias and the output features")
     return (*op.input.shape[:-1], op.weight.shape[0])
 
@@ -308,6 +314,17 @@ def _(op: ops.Embedding) -> Sizes:
 
 
 @sizes.register
+def _(op: ops.IndexSelect) -> Sizes:
+    dim = op.dim % op.input.ndim
+    return (*op.input.shape[:dim], op.index.shape[0], *op.input.shape[dim + 1 :])
+
+
+@sizes.register
+def _(op: ops.Gather) -> Sizes:
+    return tuple(op.index.shape)
+
+
+@sizes.register
 def _(op: ops.Attention) -> Sizes:
     return (*op.query.shape[:-1], op.value.shape[-1])
 
@@ -390,7 +407,8 @@ def _(op: ops.Softmax, at: Index, r: Reader) -> Expr:
 
 @entry.register
 def _(op: ops.Dropout, at: Index, r: Reader) -> Expr:
-    return unknown(op, at, r) if op.train else r.at(op.input, at)
+    """In training, a mask of its own for every call."""
+    return element(f"Dropout {op.out}", at) if op.train else r.at(op.input, at)
 
 
 # -- elementwise --------------------------------------------------------------------------------
@@ -625,15 +643,22 @@ def _(op: ops.Repeat, at: Index, r: Reader) -> Expr:
 
 
 def _bounds(op: ops.Slice) -> tuple[Any, Any]:
-    size = op.input.shape[op.dim]
+    (dim,) = _axes((op.dim,), op.input.ndim)
+    size = op.input.shape[dim]
     start = 0 if op.start is None else op.start
     end = size if op.end is None or (type(op.end) is int and op.end > 1 << 60) else op.end
     if type(start) is int and start < 0:
         start = size + start
     if type(end) is int and end < 0:
         end = size + end
-    if type(size) is int:
-        start, end = min(max(start, 0), size), max(min(end, size), start)
+    if start < 0:
+        start = 0
+    if end < 0:
+        end = 0
+    if end > size:
+        end = size
+    if start > end:
+        start = end
     return start, end
 
 
@@ -641,15 +666,17 @@ def _bounds(op: ops.Slice) -> tuple[Any, Any]:
 def _(op: ops.Slice) -> Sizes:
     start, end = _bounds(op)
     shape = list(op.input.shape)
-    shape[op.dim] = end - start if literally(op.step, 1) else (end - start + op.step - 1) // op.step
+    dim = op.dim % op.input.ndim
+    shape[dim] = end - start if literally(op.step, 1) else (end - start + op.step - 1) // op.step
     return tuple(shape)
 
 
 @entry.register
 def _(op: ops.Slice, at: Index, r: Reader) -> Expr:
     start, _ = _bounds(op)
-    i = sym(start) + sym(op.step) * at[op.dim]
-    return r.at(op.input, (*at[: op.dim], i, *at[op.dim + 1 :]))
+    dim = op.dim % op.input.ndim
+    i = sym(start) + sym(op.step) * at[dim]
+    return r.at(op.input, (*at[:dim], i, *at[dim + 1 :]))
 
 
 @sizes.register
@@ -670,20 +697,22 @@ def _(op: ops.Select, at: Index, r: Reader) -> Expr:
 @sizes.register
 def _(op: ops.Cat) -> Sizes:
     shape = list(op.tensors[0].shape)
+    (dim,) = _axes((op.dim,), len(shape))
     for tensor in op.tensors[1:]:
         for axis, size in enumerate(tensor.shape):
-            if axis != op.dim:
+            if axis != dim:
                 _same(size, shape[axis], "sizes of a concatenation")
-    shape[op.dim] = sum(tensor.shape[op.dim] for tensor in op.tensors)
+    shape[dim] = sum(tensor.shape[dim] for tensor in op.tensors)
     return tuple(shape)
 
 
 @entry.register
 def _(op: ops.Cat, at: Index, r: Reader) -> Expr:
     result, start = Expr(), sp.Integer(0)
+    dim = op.dim % len(at)
     for tensor in op.tensors:
-        i, size = at[op.dim] - start, sym(tensor.shape[op.dim])
-        result = result + r.masked(tensor, (*at[: op.dim], i, *at[op.dim + 1 :]), {op.dim: size})
+        i, size = at[dim] - start, sym(tensor.shape[dim])
+        result = result + r.masked(tensor, (*at[:dim], i, *at[dim + 1 :]), {dim: size})
         start = start + size
     return result
 
@@ -800,18 +829,26 @@ def _(op: ops.Roll, at: Index, r: Reader) -> Expr:
 # -- sums and averages --------------------------------------------------------------------------
 
 
+def _axes(dims: Sequence[int], ndim: int) -> tuple[int, ...]:
+    if any(not -ndim <= dim < ndim for dim in dims):
+        raise ShapeError(f"dims {list(dims)} of a tensor of {ndim} axes")
+    return tuple(dim % ndim for dim in dims)
+
+
 @sizes.register
 def _(op: ops.Reduce) -> Sizes:
+    dims = _axes(op.dims, op.input.ndim)
     return tuple(
-        1 if axis in op.dims else size
-        for axis, size in enumerate(op.input.shape) if op.keepdim or axis not in op.dims
+        1 if axis in dims else size
+        for axis, size in enumerate(op.input.shape) if op.keepdim or axis not in dims
     )  # fmt: skip
 
 
 @entry.register
 def _(op: ops.Reduce, at: Index, r: Reader) -> Expr:
-    over = r.indices([op.input.shape[dim] for dim in op.dims], "j")
-    summed = dict(zip(op.dims, over, strict=True))
+    dims = _axes(op.dims, op.input.ndim)
+    over = r.indices([op.input.shape[dim] for dim in dims], "j")
+    summed = dict(zip(dims, over, strict=True))
     kept = iter(at)
     reads = []
     for axis in range(op.input.ndim):
@@ -823,7 +860,7 @@ def _(op: ops.Reduce, at: Index, r: Reader) -> Expr:
             reads.append(next(kept))
     result = r.space.sum(over, r.at(op.input, tuple(reads)))
     if isinstance(op, ops.Mean):
-        count = prod((sym(op.input.shape[dim]) for dim in op.dims), start=sp.Integer(1))
+        count = prod((sym(op.input.shape[dim]) for dim in dims), start=sp.Integer(1))
         result = result * (1 / count)
     return result
 
@@ -838,25 +875,33 @@ def _(op: ops.CumSum, at: Index, r: Reader) -> Expr:
     return r.space.sum((j,), r.space.product(until, read))
 
 
+def _spread(sizes: Any, rank: int) -> Sizes:
+    found = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return found * rank if len(found) == 1 else found
+
+
 def _window(op: Any) -> tuple[Sizes, Sizes, Sizes]:
-    kernel = tuple(op.kernel_size) * (op.rank if len(op.kernel_size) == 1 else 1)
-
-    def spread(sizes: Any) -> Sizes:
-        found = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-        return found * len(kernel) if len(found) == 1 else found
-
-    return kernel, spread(op.stride or kernel), spread(op.padding)
+    name = next(name for name in ("avg_pool", "max_pool") if name in str(op.targets[0]))
+    rank = op.input.ndim - 2 if len(op.kernel_size) == 1 else len(op.kernel_size)
+    if op.out is not None and op.out.node.op == "call_function" and name in str(op.out.node.target):
+        rank = int(str(op.out.node.target).partition(name)[2][0])
+    kernel = _spread(op.kernel_size, rank)
+    return kernel, _spread(op.stride or kernel, rank), _spread(op.padding, rank)
 
 
 @sizes.register(ops.AvgPool)
+@sizes.register(ops.MaxPool)
 def _(op: Any) -> Sizes:
     if op.ceil_mode:
         raise ShapeError("ceil_mode has no index notation")
     kernel, stride, padding = _window(op)
     lead = op.input.ndim - len(kernel)
+    dilation = _spread(getattr(op, "dilation", 1), len(kernel))
     space = [
-        (size + 2 * p - k) // s + 1
-        for size, k, s, p in zip(op.input.shape[lead:], kernel, stride, padding, strict=True)
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            op.input.shape[lead:], kernel, stride, padding, dilation, strict=True
+        )
     ]
     return (*op.input.shape[:lead], *space)
 
@@ -902,7 +947,10 @@ def _(op: ops.AdaptiveAvgPool) -> Sizes:
 def _(op: ops.Upsample) -> Sizes:
     if op.output_size is not None:
         return (*op.input.shape[:2], *op.output_size)
-    scaled = [n * int(k) for n, k in zip(op.input.shape[2:], op.scale_factors, strict=True)]
+    scaled = [
+        n * int(k) if float(k).is_integer() else math.floor(n * k)
+        for n, k in zip(op.input.shape[2:], op.scale_factors, strict=True)
+    ]
     return (*op.input.shape[:2], *scaled)
 
 
@@ -913,9 +961,10 @@ def _(op: Any, at: Index, r: Reader) -> Expr:
     lead = op.input.ndim - op.rank
     image = op.input.shape[lead:]
     over = r.indices(image, "j")
-    kind = f"{type(op).__name__}{getattr(op, 'kind', '') or ''}{getattr(op, 'align_corners', '')}"
+    options = (getattr(op, name, None) for name in ("kind", "align_corners", "scale_factors"))
+    kind = " ".join(map(str, (type(op).__name__, *options)))
     weights = [
-        element(f"{kind}:{sym(size)}->{sym(to)}", (p, j), stochastic=True)
+        element(f"{kind}:{sym(size)}->{sym(to)}", (p, j), sym(size))
         for size, to, p, j in zip(image, sizes(op)[lead:], at[lead:], over, strict=True)
     ]
     return r.space.sum(over, r.space.product(*weights, r.at(op.input, (*at[:lead], *over))))

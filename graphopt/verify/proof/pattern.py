@@ -30,6 +30,14 @@ class Infeasible(Exception):
 CPU = torch.device("cpu")
 
 
+class Gap(Exception):
+    """A pattern that cannot be written down in general, so that nothing is known of it."""
+
+
+MOST_EMITTED = 1000  # by one run of a rewrite
+LOST = 1 << 40  # sizes need some value as ints; one this large was lost on the way through C
+
+
 @dataclasses.dataclass(frozen=True)
 class Meta:
     """What is known of a tensor that does not exist."""
@@ -77,6 +85,21 @@ class Node:
 
     def __str__(self) -> str:
         return self.name
+
+
+def _check_sizes(op: Op) -> None:
+    """No option may be a size that has lost its symbol."""
+
+    def visit(item: Any) -> None:
+        if type(item) is int and abs(item) >= LOST >> 1 and item != 2**63 - 1:
+            raise TypeError(f"a size of {type(op).__name__} has lost its symbol")
+        if isinstance(item, (tuple, list)):
+            for one in item:
+                visit(one)
+
+    for field in dataclasses.fields(op):
+        if field.name != "out":
+            visit(getattr(op, field.name))
 
 
 def operands(op: Op) -> list[Value]:
@@ -157,6 +180,7 @@ class Pattern(Rewriter):
         self._depth = 0
         self.graph = _Graph(self)  # type: ignore[assignment]
         self.missing: set[str] = set()
+        self._differ: set[tuple[Any, Any]] = set()
 
     # -- what subclasses decide ---------------------------------------------------------------
 
@@ -285,16 +309,58 @@ class Pattern(Rewriter):
         left, right = find(left), find(right)
         if left is right:
             return True
-        if left.computed or right.computed or left.view is None or right.view is None:
+        if (
+            (left, right) in self._differ
+            or self._reaches(left, right)
+            or self._reaches(right, left)
+        ):
             return False
         a, b = left.meta["val"].shape, right.meta["val"].shape
         if len(a) != len(b) or not self.choose((True, False), f"{left.name} is {right.name}"):
+            self._differ |= {(left, right), (right, left)}
             return False
-        for one, other in zip(a, b, strict=True):
+        self._identify(left, right)
+        return True
+
+    def _reaches(self, node: Any, below: Any) -> bool:
+        """Whether a node is computed from another one."""
+        inner = node.all_input_nodes
+        return any(one is below or self._reaches(one, below) for one in inner)
+
+    def _identify(self, left: Any, right: Any) -> None:
+        """From now on two nodes are one; Infeasible if they cannot be."""
+        left, right = find(left), find(right)
+        if left is right:
+            return
+        if left.computed and not right.computed:
+            left, right = right, left
+        for one, other in zip(left.meta["val"].shape, right.meta["val"].shape, strict=True):
             self.equate(one, other)
+        if left.computed:
+            if type(left.view) is not type(right.view):
+                raise Infeasible("different ops")
+            for field in dataclasses.fields(left.view):
+                if field.name != "out":
+                    self._match(getattr(left.view, field.name), getattr(right.view, field.name))
+        elif left.constant is not None or right.constant is not None:
+            constant = left.constant if left.constant is not None else right.constant
+            if self.is_constant(left) != constant or self.is_constant(right) != constant:
+                raise Infeasible("a parameter and a value that is none")
         left.twin = right
         right.users.update(left.users)
-        return True
+
+    def _match(self, a: Any, b: Any) -> None:
+        """Make two fields equal."""
+        if isinstance(a, Value) and isinstance(b, Value):
+            self._identify(a.node, b.node)
+        elif isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+            for one, other in zip(a, b, strict=True):
+                self._match(one, other)
+        elif isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            if bool(a) != bool(b) if isinstance(a, bool) or isinstance(b, bool) else a != b:
+                raise Infeasible("different options")
+        elif a != b:
+            raise Infeasible("different options")
 
     def require(self, condition: object, reason: str) -> None:
         super().require(condition, reason)
@@ -303,6 +369,9 @@ class Pattern(Rewriter):
     # -- emitting -----------------------------------------------------------------------------
 
     def emit(self, op: Op, like: Any = None) -> Value:
+        if len(self.made) >= MOST_EMITTED:
+            raise RuntimeError(f"more than {MOST_EMITTED} ops emitted")
+        _check_sizes(op)
         shape = self.shape_of(op)
         node = Node(self.name(type(op).__name__.lower()), Meta(shape), None, 0)
         self._enter(node, op)

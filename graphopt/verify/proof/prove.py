@@ -9,17 +9,20 @@ Source of the method: reference/rewriting.md section 3.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import random
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from graphopt.ir.rewrite import Declined, Rewrite, rewrite as as_rewrite
 from graphopt.ir.value import Value
 from graphopt.verify.proof.general import candidates
 from graphopt.verify.proof.notation import ShapeError
-from graphopt.verify.proof.pattern import Infeasible, find
+from graphopt.verify.proof.pattern import Gap, Infeasible, find
 from graphopt.verify.proof.symbols import Choices, RandomChoices, Symbols, sym
 
 
@@ -71,13 +74,35 @@ def prove(rewrite: Any, *, depth: int = 3, seconds: float = 10.0) -> Proof:
     one = rewrite if isinstance(rewrite, Rewrite) else as_rewrite(rewrite)
     done = Proof(one.name, False, residual=_unknown_root(one))
     for level in range(0 if done.residual else depth + 1):
-        proof, late = _prove_level(one, level, start + seconds)
-        if late and done.proved:
+        try:
+            with interrupted_after(start + seconds + 1 - time.perf_counter()):
+                proof, late = _prove_level(one, level, start + seconds)
+        except TimeoutError:
+            proof, late = Proof(one.name, False, residual="gave up: no end in sight"), True
+        if late and done.proved and done.depth > 0:
             break
         done = proof
         if late or proof.pattern:
             break
     return dataclasses.replace(done, seconds=time.perf_counter() - start)
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """TimeoutError in this thread once the time is up: a size has no number, so a loop over one
+    would not end."""
+    thread = ctypes.c_ulong(threading.get_ident())
+
+    def interrupt() -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(max(seconds, 0.1), interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _unknown_root(rewrite: Rewrite) -> str:
@@ -105,6 +130,15 @@ def _prove_level(rewrite: Rewrite, depth: int, until: float) -> tuple[Proof, boo
                 residual = compare(pattern, visit.root.out, visit.result)
             except (Infeasible, ShapeError):
                 continue
+            except TimeoutError:
+                raise
+            except Gap as gap:
+                residual, found = f"cannot look at {gap}", show(pattern)
+                break
+            except Exception as error:
+                residual = f"could not be compared: {type(error).__name__}: {error}"
+                found = show(pattern)
+                break
             cases += 1
             if residual:
                 found = show(pattern)
@@ -164,12 +198,16 @@ def _visit(rewrite: Rewrite, pattern: Symbols, root: Any) -> Visit | None:
         return None
     except Declined as declined:
         return Visit(pattern, op, declined=declined.reason, near=declined.near)
+    except TimeoutError:
+        raise
+    except Gap as gap:
+        return Visit(pattern, op, error=f"cannot look at patterns with {gap}")
     except Exception as error:
         text = f"could not be run on symbols: {type(error).__name__}: {error}"
         return Visit(pattern, op, error=text)
     if not isinstance(result, Value):
         return Visit(pattern, op, error=f"returned {result!r}; expected a value")
-    if pattern.same(result.node, op.out.node):
+    if find(result.node) is find(op.out.node):
         return Visit(pattern, op, error="returned its own root; expected another value")
     return Visit(pattern, op, result)
 

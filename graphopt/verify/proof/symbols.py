@@ -17,10 +17,7 @@ from sympy.core.sympify import converter
 
 from graphopt.verify.proof.algebra import Expr, Space, element, number, quot, sym
 from graphopt.verify.proof.notation import Index, Reader, entry
-from graphopt.verify.proof.pattern import Infeasible, Pattern, find
-
-# Sizes need some value as ints; one this large in an option was lost on the way through C.
-LOST = 1 << 40
+from graphopt.verify.proof.pattern import LOST, Gap, Infeasible, Pattern, find
 
 
 class Choices:
@@ -117,11 +114,23 @@ class Size(int):
     def __mod__(self, other: Any) -> Any:
         return self._divided(other)[1]
 
+    def __rmod__(self, other: Any) -> Any:
+        return self._divided(other, True)[1]
+
+    def __divmod__(self, other: Any) -> Any:
+        return self._divided(other)
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return self._divided(other, True)
+
     def __truediv__(self, other: Any) -> Any:
         return Real(self.pattern, self.expr / sym(other))
 
+    def __rtruediv__(self, other: Any) -> Any:
+        return Real(self.pattern, sym(other) / self.expr)
+
     def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, int):
+        if not isinstance(other, (int, float)):
             return False
         return self.pattern.equal(self.expr, sym(other))
 
@@ -232,6 +241,24 @@ class Real(float):
     __repr__ = __str__
 
 
+def _refuse(name: str) -> Any:
+    def refuse(self: Any, *args: Any) -> Any:
+        raise TypeError(f"{name} of {self}, which stands for any {type(self).__name__.lower()}")
+
+    return refuse
+
+
+for _name in ("and", "rand", "or", "ror", "xor", "rxor", "lshift", "rlshift", "rshift", "rrshift",
+              "invert", "int", "float", "round", "trunc", "floor", "ceil", "rpow"):  # fmt: skip
+    setattr(Size, f"__{_name}__", _refuse(f"__{_name}__"))
+for _name in ("__int__", "__float__", "__round__", "__trunc__", "__floor__", "__ceil__", "__mod__",
+              "__rmod__", "__floordiv__", "__rfloordiv__", "__divmod__", "__rdivmod__", "__rpow__",
+              "is_integer", "as_integer_ratio", "hex"):  # fmt: skip
+    setattr(Real, _name, _refuse(_name))
+for _name in ("bit_length", "bit_count", "to_bytes", "as_integer_ratio"):
+    setattr(Size, _name, _refuse(_name))
+
+
 class Flag(int):
     """A truth value that is a choice when it is asked for."""
 
@@ -264,7 +291,7 @@ class Symbols(Pattern):
         self.choices = choices
         self.counter = itertools.count()
         self.conditions: dict[str, None] = {}
-        self._decided: dict[str, bool] = {}
+        self._decided: dict[Any, bool] = {}
         self.covers: list[tuple[Any, Any, Any, Any]] = []
         self.spreads: list[tuple[Any, Any, Any, Any]] = []
         self.asked: list[tuple[str, Any, Any, bool]] = []
@@ -297,10 +324,24 @@ class Symbols(Pattern):
         return a, b
 
     def factors(self, total: Any) -> tuple[Any, Any]:
-        if not self.space.resolve(sym(total)).is_Symbol:
-            return 1, total  # a product of sizes has no general factors
-        a, b = self.size("g"), self.size("m")
-        self.equate(total, a * b)
+        """Any two factors of a product of symbols: g i with g1 g2 = g, i1 i2 = i is (g1 i1)(g2 i2)."""
+        expr = self.space.resolve(sym(total))
+        if expr.is_Integer:
+            options = [n for n in range(1, int(expr) + 1) if int(expr) % n == 0]
+            a = self.choose(options, "a divisor")
+            return a, int(expr) // a
+        if expr.is_Add:
+            a, b = self.size("g"), self.size("m")
+            self.equate(total, a * b)
+            return a, b
+        a, b = 1, 1
+        for symbol, power in expr.as_powers_dict().items():
+            if not symbol.is_Symbol or power != 1:
+                raise Gap(f"factors of {expr}")
+            left, right = self.size("g"), self.size("m")
+            self.space.learn(symbol, sym(left) * sym(right))
+            a, b = left * a, right * b
+        self._uphold()
         return a, b
 
     def covered(self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
@@ -314,8 +355,12 @@ class Symbols(Pattern):
         """Restate what windows cover under what has been learned since."""
         for _, reach, stride, out in self.covers:
             difference = self.space.resolve(self.space.divmod(reach, stride)[0] + 1 - out)
-            if difference != 0 and not self._solve(difference):
-                raise Infeasible(f"{difference} = 0")
+            if difference != 0:
+                solved = self._solve(difference)
+                if solved is None:
+                    raise Gap(f"{difference} = 0")
+                if not solved:
+                    raise Infeasible(f"{difference} = 0")
 
     def spread(
         self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
@@ -330,14 +375,18 @@ class Symbols(Pattern):
 
     def equate(self, a: Any, b: Any) -> None:
         a, b = self.space.resolve(sym(a)), self.space.resolve(sym(b))
-        first = a if a.is_Symbol else None
-        if not self._solve(sp.expand(a - b), first):
+        solved = self._solve(sp.expand(a - b), a if a.is_Symbol else None)
+        if solved is None:
+            raise Gap(f"{a} = {b}")
+        if not solved:
             raise Infeasible(f"{a} = {b}")
 
-    def _solve(self, e: Any, first: Any = None) -> bool:
-        """Learn that an expression is 0. False if that cannot be, or is not solved here."""
+    def _solve(self, e: Any, first: Any = None) -> bool | None:
+        """Learn that an expression is 0. False if it cannot be, None if it is not solved here."""
         if e == 0:
             return True
+        if e.is_number or _never_zero(self.space, e):
+            return False
         atoms = sorted(e.atoms(quot) | e.free_symbols, key=_rank)
         for atom in [first, *atoms] if first is not None else atoms:
             slope = e.coeff(atom, 1)
@@ -346,18 +395,38 @@ class Symbols(Pattern):
                 continue
             value = sp.expand(-rest * slope)
             if atom.is_integer and not isinstance(atom, quot):
-                slack = 1 - value if atom.is_positive else -value
-                if self.space.nonnegative(slack) and slack != 0:
-                    # atom is at its least, and so is everything that its value takes away from
-                    least = {one: 1 if one.is_positive else 0 for one in slack.free_symbols}
-                    if slack.xreplace(least) != 0:
-                        return False
-                    for one, number in least.items():
-                        self.space.learn(one, sp.Integer(number))
+                slack = sp.expand((1 if atom.is_positive else 0) - value)
+                if slack != 0 and self.space.nonnegative(slack) and not self._vanish(slack):
+                    return False
+                value = self.space.resolve(value)
             self.space.learn(atom, value)
             self._uphold()
             return True
-        return False
+        if not all(one.is_integer for one in e.free_symbols):
+            return None
+        for signed in (e, sp.expand(-e)):
+            if self.space.nonnegative(signed):
+                solved = self._vanish(signed)
+                self._uphold()
+                return solved
+        parts = [one for one, _ in sp.factor_list(e)[1] if not _never_zero(self.space, one)]
+        if e.has(quot) or (len(parts) == 1 and sp.expand(parts[0] - e) == 0):
+            return None
+        return self._solve(self.choose(parts, f"{e} = 0")) if parts else False
+
+    def _vanish(self, e: Any) -> bool:
+        """Learn that an expression without negative terms in (size - least size) is 0."""
+        shift = {one: one + (1 if one.is_positive else 0) for one in e.free_symbols}
+        shifted = sp.expand(e.xreplace(shift))
+        while shifted != 0:
+            term = min(sp.Add.make_args(shifted), key=lambda t: (len(t.free_symbols), str(t)))
+            symbols = sorted(term.free_symbols, key=str)
+            if not symbols:
+                return False
+            zero = self.choose(symbols, f"{term} = 0")
+            self.space.learn(zero, sp.Integer(1 if zero.is_positive else 0))
+            shifted = sp.expand(shifted.xreplace({zero: sp.Integer(0)}))
+        return True
 
     def equal(self, a: Any, b: Any) -> bool:
         difference = sp.expand(a - b)
@@ -370,9 +439,12 @@ class Symbols(Pattern):
             self.space.nonnegative(difference - 1) or self.space.nonnegative(-difference - 1)
         ):
             return False
-        answer = self._ask(f"{a} = {b}", f"{a} != {b}", lambda: self._solve(difference))
-        self.asked.append(("=", a, b, answer))
-        return answer
+        known = self._decided.get(difference)
+        if known is None:
+            known = self._ask(f"{a} = {b}", f"{a} != {b}", lambda: self._solve(difference))
+            self._decided[difference] = known
+            self.asked.append(("=", a, b, known))
+        return known
 
     def less(self, a: Any, b: Any) -> bool:
         difference = sp.expand(b - a)
@@ -394,10 +466,10 @@ class Symbols(Pattern):
             self.space.learn(b, sp.Symbol(str(b), real=True, positive=True))
         return True
 
-    def _ask(self, yes: str, no: str, learn: Callable[[], bool]) -> bool:
+    def _ask(self, yes: str, no: str, learn: Callable[[], bool | None]) -> bool:
         if yes not in self._decided:
             answer = self.choose((False, True), yes)
-            if answer and not learn():
+            if answer and learn() is False:  # None: true, but nothing more is known of it
                 raise Infeasible(yes)
             self._decided[yes] = answer
             self.conditions[yes if answer else no] = None
@@ -414,6 +486,12 @@ class Symbols(Pattern):
         if node.op == "call_function":
             return entry(node.view, at, reader)
         return element(node.name, at)
+
+
+def _never_zero(space: Space, e: Any) -> bool:
+    if not all(one.is_integer for one in e.free_symbols):
+        return bool(e.is_zero is False)
+    return space.nonnegative(e - 1) or space.nonnegative(-e - 1)
 
 
 def _rank(atom: Any) -> tuple[int, str]:
