@@ -264,7 +264,9 @@ def passes(
         typer.echo(f"option {field.name}: {field.type} = {field.default}")
     for one in cls.all_rewrites():
         typer.echo(f"{one.name} ({one.contract}): {one.summary}")
-        lines = [f"not proved: {one.unproved}"] if one.unproved else str(proof(one)).splitlines()[:1]
+        lines = (
+            [f"not proved: {one.unproved}"] if one.unproved else str(proof(one)).splitlines()[:1]
+        )
         if not one.unproved:
             lines += [f"  {line}" for line in _preconditions(proof(one))]
         for line in lines:

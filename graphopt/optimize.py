@@ -254,10 +254,13 @@ def least(size: Any) -> int:
 def _moves(graph: Graph, symbol: str) -> bool:
     """Whether a size becomes that of another axis than the first, where two rows may not do."""
     return any(
-        symbol in {str(one) for size in tensor.shape[1:] if not isinstance(size, int)
-                   for one in size.node.expr.free_symbols}
+        symbol in {str(one) for size in tensor.shape[1:] for one in _symbols(size)}
         for node in graph.calls for tensor in _tensors(node.meta.get("val"))
     )  # fmt: skip
+
+
+def _symbols(size: Any) -> Any:
+    return () if isinstance(size, int) else size.node.expr.free_symbols
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -358,6 +358,9 @@ SHARING = {
     "a view of a copy": lambda x: x.clone()[:, :2],
     "a copy, detached, and itself": lambda x: (lambda v: ((v * 1).detach(), v))(x.relu()),
     "views of equal values": lambda x: ((x + 1).view(-1), (x + 1).view(-1)),
+    "a copy in another layout, and flattened": lambda x: (lambda v: (v, v.flatten()))(
+        x.relu().T.contiguous().T
+    ),
     "a copy through eval dropout": lambda x: F.dropout(x.clone(), 0.5, training=False),
 }
 

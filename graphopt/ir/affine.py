@@ -322,7 +322,9 @@ def _takes_input_side(rw: Rewriter, user: Any) -> bool:
     op = rw.view(user)
     if isinstance(op, (ops.Conv, ops.Linear)):
         return True
-    return isinstance(op, _registered(_extract)) and all(_takes_input_side(rw, u) for u in user.users)
+    return isinstance(op, _registered(_extract)) and all(
+        _takes_input_side(rw, u) for u in user.users
+    )
 
 
 def _passed(rw: Rewriter, op: Any, inner: Value, by: Affine) -> Value:

@@ -255,8 +255,11 @@ class Session:
 def shared_memory(old: fx.Node, new: fx.Node) -> str:
     """Whether a returned value would come to share memory with an input, a state or another
     output, which the caller may write to; empty if not."""
-    if not _shown(old):
+    showing = _shown(old)
+    if not showing:
         return ""
+    if len(showing) > 1 and _strides(old) != _strides(new):
+        return "two outputs could share memory in the other layout"
     base = _base(new)
     if base is _base(old):
         return ""
@@ -269,17 +272,23 @@ def shared_memory(old: fx.Node, new: fx.Node) -> str:
     return ""
 
 
-def _shown(node: fx.Node) -> bool:
-    """Whether an output shows the memory of a node."""
-    stack, seen = [node], {node}
+def _shown(node: fx.Node) -> set[fx.Node]:
+    """The outputs that may show the memory of a node."""
+    stack, seen, found = [node], {node}, set()
     while stack:
-        for user in stack.pop().users:
+        one = stack.pop()
+        for user in one.users:
             if user.op == "output":
-                return True
-            if user not in seen and _base(user) is _base(node):
+                found.add(one)
+            elif user not in seen and _base(user) is _base(node):
                 seen.add(user)
                 stack.append(user)
-    return False
+    return found
+
+
+def _strides(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return tuple(map(str, value.stride())) if isinstance(value, torch.Tensor) else None
 
 
 _PASSING = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout",

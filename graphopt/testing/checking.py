@@ -56,8 +56,7 @@ def check(rewrite: Any, *, max_examples: int = 100, graphs: Any = None, paths: i
         isinstance(passes[0], type) and issubclass(passes[0], RewritePass)
     ):
         return sum(
-            check(one, max_examples=max_examples, paths=paths)
-            for one in passes[0].all_rewrites()
+            check(one, max_examples=max_examples, paths=paths) for one in passes[0].all_rewrites()
         )
     raise TypeError(f"{passes[0]!r} is not a set of rewrites; pass graphs=, a strategy of networks")
 
@@ -160,10 +159,10 @@ def _examine(rewrite: Any, model: Any, inputs: Any, source: str, fates: Counter[
     if all(one.dtype is torch.float64 for one in inputs):
         with torch.no_grad():
             truth, found = model(*inputs), result(*inputs)
-        error = relative_error(found, truth)
+        off = relative_error(found, truth)
         limit = report.check.limit if report.check is not None else 0.0
-        if not error <= max(1e-9, limit):
-            raise Counterexample(f"float64 outputs differ by {error:.1e} (relative)", source)
+        if not off <= max(1e-9, limit):
+            raise Counterexample(f"float64 outputs differ by {off:.1e} (relative)", source)
     for record in report.refused:
         fates[f"refused: {record.reason}"] += 1
     return len(report.applied)

@@ -27,7 +27,7 @@ class Around:
     """What surrounds a pattern in a test.
 
     `twice`: the same code with the same parameters runs on two inputs. `read`: how many of the
-    pattern's inner values are outputs too. `keywords`: arguments are passed by keyword.
+    pattern's values are read by something else too. `keywords`: arguments are passed by keyword.
     """
 
     dtype: torch.dtype = torch.float64
@@ -171,7 +171,10 @@ class Code:
             else f"        self.{name} = nn.Parameter({_random(name, shape, i)})"
             for i, (name, shape) in enumerate(self.states.items())
         )
-        outputs = [self.result, *self.computed[: self.around.read]]
+        outputs = [
+            self.result,
+            *(f"torch.tanh({name})" for name in self.computed[: self.around.read]),
+        ]
         names = ", ".join(self.arguments)
         call = ", ".join(f"torch.tanh({name})" for name in self.arguments)
         again = f", *self.block({call})" if self.around.twice else ""

@@ -15,7 +15,7 @@ import torch
 
 from graphopt import rewrite
 from graphopt.ir import ops
-from graphopt.ir.contracts import Algebraic
+from graphopt.ir.contracts import Exact
 from graphopt.ir.ops import widen
 from graphopt.ir.value import Value
 from graphopt.passes.base import available
@@ -27,7 +27,7 @@ REWRITES = [
 ]  # fmt: skip
 
 
-def refuted(rule: Any, *tensors: str, depth: int = 1, seconds: float = 5.0) -> Proof:
+def refuted(rule: Any, *tensors: str, depth: int = 1, seconds: float = 100.0) -> Proof:
     """The failed proof of a false rule; its residual speaks of these tensors and nothing else."""
     found = prove(rule, depth=depth, seconds=seconds)
     assert not found.proved, f"{rule.name} is false: {found}"
@@ -37,7 +37,7 @@ def refuted(rule: Any, *tensors: str, depth: int = 1, seconds: float = 5.0) -> P
     return found
 
 
-def proved(rule: Any, depth: int = 1, seconds: float = 5.0) -> Proof:
+def proved(rule: Any, depth: int = 1, seconds: float = 100.0) -> Proof:
     found = prove(rule, depth=depth, seconds=seconds)
     assert found.proved and found.depth == depth, str(found)
     assert found.cases > 0 and not found.residual
@@ -49,13 +49,12 @@ def proved(rule: Any, depth: int = 1, seconds: float = 5.0) -> Proof:
 
 @pytest.mark.parametrize("one", REWRITES)
 def test_every_rewrite_is_proved_or_says_why_not(one):
-    reason = getattr(one, "unproved", "")
-    if not isinstance(one.contract, Algebraic) or reason:
-        pytest.skip(reason or "not an algebraic rewrite")
-    found = prove(one, depth=1, seconds=3.0)
-    assert not found.pattern, f"refuted: {found}"
-    assert found.proved or "gave up" in found.residual, str(found)
-    assert found.cases > 0
+    """To depth 1: every op that a law goes through, between the root and anything."""
+    if one.unproved:
+        assert isinstance(one.contract, Exact), "only bitwise comparison replaces a proof"
+        return
+    found = prove(one, depth=1, seconds=400.0)
+    assert found.proved and found.depth == 1 and found.cases > 0, str(found)
 
 
 # -- false rules (reference/rewriting.md section 3) ----------------------------------------------

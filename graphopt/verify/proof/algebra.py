@@ -17,401 +17,42 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping
-from fractions import Fraction
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy as sp
 from sympy import Symbol
 
-Mapper = Callable[[Any], Any]
-
-
-class quot(sp.Function):
-    """floor(e / b) that nothing simpler is known for."""
-
-
-class rem(sp.Function):
-    """e - b floor(e / b)."""
-
-
-def sym(value: Any) -> Any:
-    """A size or number as a sympy expression; floats as the simple fraction they stand for."""
-    if isinstance(value, sp.Basic):
-        return value
-    known = getattr(value, "expr", None)
-    if known is not None:
-        return known
-    if isinstance(value, float) and math.isfinite(value):
-        simple = Fraction(value).limit_denominator(10**6)
-        return sp.Rational(simple if float(simple) == value else Fraction(value))
-    return sp.sympify(value)
-
-
-# -- factors -------------------------------------------------------------------------------------
-
-
-class Factor:
-    """Something that multiplies. `idempotent` factors are 0 or 1."""
-
-    idempotent = False
-    height = 0  # of nested expressions
-
-    def indices(self) -> set[Symbol]:
-        raise NotImplementedError
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        """With every index expression e replaced by f(e)."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        raise NotImplementedError
-
-    @cached_property
-    def text(self) -> str:
-        return str(self)
-
-    @cached_property
-    def symbols(self) -> frozenset[Symbol]:
-        return frozenset(self.indices())
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.text == other.text  # type: ignore[attr-defined]
-
-
-def _symbols(values: Iterable[Any]) -> set[Symbol]:
-    return set().union(*(value.free_symbols for value in values))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Element(Factor):
-    """`name[at]`, an entry of a tensor of which nothing is known.
-
-    With `stochastic`, its sum over a last index of that size is 1: the weights of an average."""
-
-    name: str
-    at: tuple[Any, ...]
-    stochastic: Any = None
-
-    def indices(self) -> set[Symbol]:
-        return _symbols(self.at)
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        sums = None if self.stochastic is None else f(self.stochastic)
-        return Element(self.name, tuple(map(f, self.at)), sums)
-
-    def __str__(self) -> str:
-        return f"{self.name}[{', '.join(map(str, self.at))}]" if self.at else self.name
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inside(Factor):
-    """1 where 0 <= at < size, else 0; for `sure` see `Delta`."""
-
-    at: Any
-    size: Any
-    sure: Any = None
-    idempotent = True
-
-    def indices(self) -> set[Symbol]:
-        return _symbols((self.at, self.size))
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        return Inside(f(self.at), f(self.size), None if self.sure is None else f(self.sure))
-
-    def __str__(self) -> str:
-        sure = "" if self.sure is None else f"; {self.sure}"
-        return f"[0 <= {self.at} < {self.size}{sure}]"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Delta(Factor):
-    """1 where at = 0, else 0. It is `at = e - u` for an index e that is known to lie inside the
-    size `sure`, and u an index of that size or its digits, if `sure` is given."""
-
-    at: Any
-    sure: Any = None
-    idempotent = True
-
-    def indices(self) -> set[Symbol]:
-        return _symbols((self.at,))
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        return Delta(f(self.at), None if self.sure is None else f(self.sure))
-
-    def __str__(self) -> str:
-        return f"[{self.at} = 0{'' if self.sure is None else f'; {self.sure}'}]"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Call(Factor):
-    """An unknown function of expressions; `parameters` are literals that belong to its name."""
-
-    name: str
-    parameters: tuple[Any, ...]
-    args: tuple[Expr, ...]
-    idempotent: bool = False
-
-    @property
-    def height(self) -> int:  # type: ignore[override]
-        return 1 + max((arg.height for arg in self.args), default=0)
-
-    def indices(self) -> set[Symbol]:
-        return set().union(*(arg.indices() for arg in self.args))
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        parameters = tuple(f(one) if isinstance(one, sp.Basic) else one for one in self.parameters)
-        args = tuple(space.normal(arg.map(space, f)) for arg in self.args)
-        return dataclasses.replace(self, parameters=parameters, args=args)
-
-    def __str__(self) -> str:
-        inside = ", ".join(map(str, self.args))
-        options = "; " + ", ".join(map(str, self.parameters)) if self.parameters else ""
-        return f"{self.name}({inside}{options})"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Base(Factor):
-    """An expression of several terms, standing under an exponent."""
-
-    expr: Expr
-
-    @property
-    def height(self) -> int:  # type: ignore[override]
-        return 1 + self.expr.height
-
-    def indices(self) -> set[Symbol]:
-        return self.expr.indices()
-
-    def map(self, space: Space, f: Mapper) -> Factor:
-        return Base(space.normal(self.expr.map(space, f)))
-
-    def __str__(self) -> str:
-        return f"({self.expr})"
-
-
-# -- expressions ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """`coefficient * sum over bound of the product of factor ** exponent`."""
-
-    coefficient: Any
-    bound: tuple[Symbol, ...] = ()
-    factors: tuple[tuple[Factor, Any], ...] = ()
-
-    @property
-    def height(self) -> int:
-        return max((factor.height for factor, _ in self.factors), default=0)
-
-    def indices(self) -> set[Symbol]:
-        found = set().union(*(factor.indices() for factor, _ in self.factors))
-        return (found | sp.sympify(self.coefficient).free_symbols) - set(self.bound)
-
-    def __str__(self) -> str:
-        parts = [
-            factor.text + (f"^{exponent}" if exponent != 1 else "")
-            for factor, exponent in self.factors
-        ]
-        sign, coefficient = (
-            ("-", -self.coefficient) if self.coefficient == -1 else ("", self.coefficient)
-        )
-        if coefficient != 1 or not parts:
-            plain = isinstance(coefficient, (sp.Symbol, sp.Rational))
-            parts.insert(0, str(coefficient) if plain else f"({coefficient})")
-        if self.bound:
-            parts.insert(0, f"sum_{{{', '.join(map(str, self.bound))}}}")
-        return sign + " ".join(parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Expr:
-    """A sum of terms."""
-
-    terms: tuple[Term, ...] = ()
-
-    @property
-    def height(self) -> int:
-        return max((term.height for term in self.terms), default=0)
-
-    def indices(self) -> set[Symbol]:
-        return set().union(*(term.indices() for term in self.terms))
-
-    def map(self, space: Space, f: Mapper) -> Expr:
-        return Expr(tuple(
-            Term(f(term.coefficient), term.bound,
-                 tuple((factor.map(space, f), exponent) for factor, exponent in term.factors))
-            for term in (space.fresh(one) for one in self.terms)
-        ))  # fmt: skip
-
-    def __add__(self, other: Expr) -> Expr:
-        return Expr(self.terms + other.terms)
-
-    def __neg__(self) -> Expr:
-        return self * -1
-
-    def __sub__(self, other: Expr) -> Expr:
-        return self + -other
-
-    def __mul__(self, number: Any) -> Expr:
-        return Expr(tuple(
-            dataclasses.replace(term, coefficient=term.coefficient * number) for term in self.terms
-        ))  # fmt: skip
-
-    def __str__(self) -> str:
-        text = " + ".join(map(str, self.terms)) or "0"
-        return text.replace("+ -", "- ")  # the keys of terms hold text only, so spelling is free
-
-
-def number(value: Any) -> Expr:
-    """A number, or an expression in sizes and numbers, as a constant function."""
-    return Expr((Term(sp.sympify(value)),)) if value != 0 else Expr()
-
-
-def factor(one: Factor) -> Expr:
-    return Expr((Term(sp.Integer(1), (), ((one, sp.Integer(1)),)),))
-
-
-def element(name: str, at: Iterable[Any], stochastic: Any = None) -> Expr:
-    return factor(Element(name, tuple(map(sp.sympify, at)), stochastic))
-
-
-# -- the space of indices and sizes --------------------------------------------------------------
-
-
-class Space:
-    """What is known about sizes, numbers and indices, and the normal form under it."""
-
-    def __init__(self) -> None:
-        self.range: dict[Symbol, Any] = {}
-        self.known: dict[Any, Any] = {}
-        self.digits: dict[Symbol, tuple[Symbol, Symbol, Any]] = {}
-        self.positive: set[str] = set()
-        self.laws: dict[str, None] = {}
-        self._count = itertools.count()
-        self._resolved: dict[Any, Any] = {}
-
-    # -- indices ------------------------------------------------------------------------------
-
-    def index(self, size: Any, name: str = "i") -> Symbol:
-        """A new index with 0 <= index < size."""
-        made = Symbol(f"{name}~{next(self._count)}", integer=True)
-        self.range[made] = sp.sympify(size)
-        return made
-
-    def named(self, name: str, size: Any) -> Symbol:
-        made = Symbol(name, integer=True)
-        self.range[made] = sp.sympify(size)
-        return made
-
-    def learn(self, symbol: Any, value: Any) -> None:
-        """From now on `symbol` is `value`."""
-        self.known[symbol] = value
-        self._resolved.clear()
-
-    def resolve(self, e: Any) -> Any:
-        """An index or size with everything known put in, expanded."""
-        e = sp.sympify(e)
-        if e.is_Integer:
-            return e
-        found = self._resolved.get(e)
-        if found is None:
-            found, start = self._resolve(e), e
-            self._resolved[start] = found
-        return found
-
-    def _resolve(self, e: Any) -> Any:
-        while True:
-            symbols, opaque, e = _parts(e)
-            replace = {one: self.known[one] for one in (*symbols, *opaque) if one in self.known}
-            for v in symbols:
-                if v in self.digits:
-                    hi, lo, radix = self.digits[v]
-                    replace[v] = hi * radix + lo
-                elif v in self.range and self._single(v):
-                    replace[v] = sp.Integer(0)
-            if not replace and not opaque:
-                return e
-            new = e.xreplace(replace)
-            if opaque:
-                new = new.replace(quot, lambda a, b: self.divmod(a, b)[0])
-                new = new.replace(rem, lambda a, b: self.divmod(a, b)[1])
-            new = sp.expand(new)
-            if new == e:
-                return e
-            e = new
-
-    def _single(self, v: Symbol) -> bool:
-        size = self.range[v]
-        return bool(size == 1 or (size.free_symbols and self.resolve(size) == 1))
-
-    def nonnegative(self, e: Any) -> bool:
-        """Whether e >= 0 for all indices in range and all sizes; False if that is not clear."""
-        e = self.resolve(e)
-        for v in sorted(e.free_symbols & self.range.keys(), key=_name):
-            slope = e.coeff(v, 1)
-            rest = sp.expand(e - slope * v)
-            if rest.has(v):
-                return False
-            if _all_positive(slope):
-                e = rest
-            elif _all_positive(-slope):
-                e = sp.expand(rest + slope * (self.resolve(self.range[v]) - 1))
-            else:
-                return False
-        return _all_positive(e)
-
-    def inside(self, e: Any, size: Any) -> bool:
-        return self.nonnegative(e) and self.nonnegative(size - 1 - e)
-
-    def divmod(self, e: Any, b: Any) -> tuple[Any, Any]:
-        """(floor(e / b), e mod b), by splitting indices into digits where that decides it."""
-        e, b = self.resolve(e), self.resolve(b)
-        if b == 1:
-            return e, sp.Integer(0)
-        if e.is_Integer and b.is_Integer:
-            return sp.Integer(int(e) // int(b)), sp.Integer(int(e) % int(b))
-        whole, part = _multiples(e, b)
-        if part == 0:
-            return whole, part
-        if part.is_Integer and b.is_Integer:
-            return whole + int(part) // int(b), sp.Integer(int(part) % int(b))
-        if self.inside(part, b):
-            return whole, part
-        for radix in _radices(part, self.range):
-            left = _exact(b, radix)
-            if radix in (1, b) or left is None:
-                continue
-            high, low = _multiples(part, radix)
-            if high != 0 and self.inside(low, radix):
-                q, r = self.divmod(high, left)
-                return whole + q, sp.expand(radix * r + low)
-        for v in sorted(part.free_symbols & self.range.keys(), key=_name):
-            if part.coeff(v, 1) == 1 and self._split(v, b):
-                return self.divmod(e, b)
-        return whole + quot(part, b), rem(part, b)
-
-    def _split(self, v: Symbol, radix: Any) -> bool:
-        """Write v = high * radix + low, if its range is a multiple of radix."""
-        count = _exact(self.resolve(self.range[v]), radix)
-        if count is None or count == 1:
-            return False
-        name = str(v).partition("~")[0]
-        self.digits[v] = self.index(count, name + "h"), self.index(radix, name + "l"), radix
-        self._resolved.clear()
-        return True
-
-    def _leaves(self, v: Symbol) -> list[Symbol]:
-        if v not in self.digits:
-            return [v]
-        high, low, _ = self.digits[v]
-        return self._leaves(high) + self._leaves(low)
+from graphopt.verify.proof.indices import Indices
+from graphopt.verify.proof.polynomials import (
+    by_name,
+    exact,
+    multiples,
+    proportional,
+    quot as quot,
+    radices,
+    reduced,
+    rem as rem,
+    sym as sym,
+)
+from graphopt.verify.proof.terms import (
+    Base as Base,
+    Call as Call,
+    Delta as Delta,
+    Element as Element,
+    Expr as Expr,
+    Factor as Factor,
+    Inside as Inside,
+    Term as Term,
+    element as element,
+    factor as factor,
+    number as number,
+    symbols_of,
+)
+
+
+class Space(Indices):
+    """The normal form of expressions, under what is known of their sizes and indices."""
 
     # -- building -----------------------------------------------------------------------------
 
@@ -538,7 +179,7 @@ class Space:
                 break
         terms = []
         for key in sorted(found):
-            coefficient = _reduced(found[key].coefficient)
+            coefficient = reduced(found[key].coefficient)
             if coefficient != 0:
                 terms.append(dataclasses.replace(found[key], coefficient=coefficient))
         return Expr(tuple(terms))
@@ -639,7 +280,9 @@ class Space:
                     )]  # fmt: skip
             if isinstance(one, Element) and one.stochastic is not None and exponent == 1:
                 v = one.at[-1]
-                others = _symbols(one.at[:-1]).union(*(o.symbols for o in factors if o is not one))
+                others = symbols_of(one.at[:-1]).union(
+                    *(o.symbols for o in factors if o is not one)
+                )
                 whole = v in bound and self.resolve(self.range[v]) == one.stochastic
                 if whole and v not in others:
                     self.laws["the weights of an average add up to 1"] = None
@@ -651,11 +294,11 @@ class Space:
         if (merged := self._merged(factors, bound)) is not None:
             high, low, whole = merged
             swap = {high: sp.Integer(0), low: whole}
-            rest = tuple(
+            joined = tuple(
                 (one.map(self, lambda x: x.xreplace(swap)), e) for one, e in factors.items()
             )
             kept = tuple(v for v in bound if v not in swap)
-            return [Term(coefficient, (*kept, whole), rest)]
+            return [Term(coefficient, (*kept, whole), joined)]
         used = set().union(*(one.symbols for one in factors))
         for v in bound:
             if v not in used:
@@ -695,8 +338,8 @@ class Space:
         """sum over v < n of [0 <= e - v r < r] = [0 <= e < n r], where v occurs nowhere else."""
         for v in bound:
             users = [one for one in factors if v in one.symbols]
-            if len(users) == 1 and isinstance(users[0], Inside):
-                (one,) = users
+            one = users[0] if len(users) == 1 else None
+            if isinstance(one, Inside):
                 if sp.expand(one.at.coeff(v, 1) + one.size) == 0:
                     whole = sp.expand(self.resolve(self.range[v]) * one.size)
                     return one, Inside(sp.expand(one.at + v * one.size), whole, one.sure), v
@@ -710,13 +353,10 @@ class Space:
         for high, low in itertools.permutations(bound, 2):
             radix = self.resolve(self.range[low])
             seen = [e for e in read if e.free_symbols & {high, low}]
-            if seen and all(_proportional(e, high, low, radix) for e in seen):
+            if seen and all(proportional(e, high, low, radix) for e in seen):
                 name = high.name.partition("~")[0].removesuffix("h")
-                return (
-                    high,
-                    low,
-                    self.index(sp.expand(self.resolve(self.range[high]) * radix), name),
-                )
+                size = sp.expand(self.resolve(self.range[high]) * radix)
+                return high, low, self.index(size, name)
         return None
 
     def _opened(self, expr: Expr) -> Expr:
@@ -737,8 +377,8 @@ class Space:
                     value = sp.expand(-rest * slope)
                     size = self.resolve(self.range[v])
                     return ((Inside(value, size, one.sure), sp.Integer(1)),), {v: value}
-        for radix in _radices(e, self.range):
-            high, low = _multiples(e, radix)
+        for radix in radices(e, self.range):
+            high, low = multiples(e, radix)
             if radix != 1 and high != 0 and low != 0:
                 if self.nonnegative(radix - 1 - low) and self.nonnegative(radix - 1 + low):
                     pair = tuple(
@@ -751,11 +391,11 @@ class Space:
 
     def _inside(self, one: Inside) -> Inside | None:
         """[0 <= high * radix + low < count * radix] = [0 <= high < count]."""
-        for radix in _radices(one.at, self.range):
-            high, low = _multiples(one.at, radix)
-            count = _exact(one.size, radix)
+        for radix in radices(one.at, self.range):
+            high, low = multiples(one.at, radix)
+            count = exact(one.size, radix)
             if radix != 1 and count is not None and high != 0 and self.inside(low, radix):
-                sure = None if one.sure is None else _exact(one.sure, radix)
+                sure = None if one.sure is None else exact(one.sure, radix)
                 return Inside(sp.expand(high), count, sure)
         return None
 
@@ -793,7 +433,7 @@ class Space:
                 best = key, (tuple(renaming.values()), tuple(renamed))
         assert best is not None
         bound, factors = best[1]
-        return Term(term.coefficient, tuple(sorted(bound, key=_name)), factors)
+        return Term(term.coefficient, tuple(sorted(bound, key=by_name)), factors)
 
     def _canonical_name(self, size: Any, i: int, level: int) -> Symbol:
         name = Symbol(f"{size}#{i}" + (f"@{level}" if level else ""), integer=True)
@@ -805,102 +445,6 @@ def _free(e: Any) -> Any:
     return sp.sympify(e).free_symbols
 
 
-def _name(v: Symbol) -> str:
-    return str(v.name)
-
-
 def _reads_first(v: Symbol) -> tuple[bool, str]:
     """Deltas are solved for the index of a read, where there is one."""
     return not v.name.startswith("u"), v.name
-
-
-@lru_cache(maxsize=1 << 18)
-def _parts(e: Any) -> tuple[frozenset[Symbol], frozenset[Any], Any]:
-    """(the symbols of e, its quotients and remainders, e expanded)."""
-    return frozenset(e.free_symbols), frozenset(e.atoms(quot, rem)), sp.expand(e)
-
-
-@lru_cache(maxsize=1 << 16)
-def _all_positive(e: Any) -> bool:
-    """Whether a polynomial in sizes has no negative coefficient once every size is 1 + something."""
-    if e.is_number:
-        return bool(e >= 0)
-    shift = {}
-    for symbol in e.free_symbols:
-        if symbol.is_positive and symbol.is_integer:
-            shift[symbol] = symbol + 1
-        elif not symbol.is_nonnegative:
-            return False
-    for term in sp.Add.make_args(sp.expand(e.xreplace(shift))):
-        if not term.as_coeff_Mul()[0].is_nonnegative or term.has(quot, rem):
-            return False
-    return True
-
-
-@lru_cache(maxsize=1 << 16)
-def _proportional(e: Any, high: Symbol, low: Symbol, radix: Any) -> bool:
-    """Whether e is linear in both indices, as in high * radix + low."""
-    slope = e.coeff(low, 1)
-    rest = sp.expand(e - slope * (high * radix + low))
-    return not slope.has(high, low) and not rest.has(high, low)
-
-
-@lru_cache(maxsize=1 << 16)
-def _reduced(coefficient: Any) -> Any:
-    """A coefficient in lowest terms."""
-    return coefficient if coefficient.is_Rational else sp.cancel(sp.together(coefficient))
-
-
-@lru_cache(maxsize=1 << 16)
-def _exact(e: Any, b: Any) -> Any:
-    """e / b if that is a polynomial with integer coefficients, else None."""
-    if b.is_Add:
-        found = sp.cancel(e / b)
-        return None if sp.denom(found).free_symbols or not _integral(found) else sp.expand(found)
-    terms = [term / b for term in sp.Add.make_args(e)]
-    for term in terms:
-        number, rest = term.as_coeff_Mul()
-        if not number.is_Integer or any(
-            not exponent.is_Integer or exponent < 0 for exponent in rest.as_powers_dict().values()
-        ):
-            return None
-    return sp.Add(*terms)
-
-
-def _integral(e: Any) -> bool:
-    return all(
-        sp.sympify(term).as_coeff_Mul()[0].is_Integer for term in sp.Add.make_args(sp.expand(e))
-    )
-
-
-@lru_cache(maxsize=1 << 16)
-def _multiples(e: Any, b: Any) -> tuple[Any, Any]:
-    """(sum of the terms of e that b divides, over b; sum of the other terms)."""
-    whole, rest = sp.Integer(0), sp.Integer(0)
-    if b.is_Add:
-        leads = [v for v in sorted(b.free_symbols, key=_name) if b.coeff(v, 1) == 1]
-        if leads and e.is_polynomial(leads[0]):
-            whole, rest = sp.div(e, b, leads[0])
-            return sp.expand(whole), sp.expand(rest)
-    for term in sp.Add.make_args(sp.expand(e)):
-        count = _exact(term, b)
-        if count is None:
-            rest += term
-        else:
-            whole += count
-    return whole, rest
-
-
-def _radices(e: Any, indices: Mapping[Symbol, Any]) -> list[Any]:
-    """The coefficients of indices in e, largest products first."""
-    found = {}
-    for term in sp.Add.make_args(sp.expand(e)):
-        inner = term.free_symbols & indices.keys()
-        if inner:
-            radix = term.xreplace({v: sp.Integer(1) for v in inner})
-            if radix.is_Number:
-                radix = abs(radix)
-            elif radix.as_coeff_Mul()[0] < 0:
-                radix = -radix
-            found[radix] = None
-    return sorted(found, key=lambda r: (-len(r.free_symbols), str(r)))

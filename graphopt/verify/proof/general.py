@@ -357,7 +357,8 @@ def _(p: Pattern, cls: Any, shape: Shape) -> Op:
         new = tuple(p.size("m") for _ in range(count))
         dims = tuple(range(start, start + count))
         return cls(p.leaf((*shape[:start], *new, *shape[start:])), dims)  # type: ignore[no-any-return]
-    dims = p.choose([(axis,) for axis in range(len(shape))] + [(2, 3)][: len(shape) == 4], "dims")
+    pairs: list[tuple[int, ...]] = [(2, 3)] if len(shape) == 4 else []
+    dims = p.choose([*((axis,) for axis in range(len(shape))), *pairs], "dims")
     source = list(shape)
     for dim in dims:
         p.equate(shape[dim], 1)

@@ -140,7 +140,7 @@ class Unknown(Undecided):
         op = self.pattern.decide(self, cls)
         return isinstance(op, cls)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return type(self.node.view) if self.node.computed else Unknown
 
@@ -210,6 +210,17 @@ class Pattern(Rewriter):
     def covered(self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
         """A size n with floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1 = out."""
         raise NotImplementedError
+
+    def spread(
+        self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
+    ) -> tuple[Any, Any]:
+        """Input size and output padding of a transposed convolution with an output of size `out`."""
+        raise NotImplementedError
+
+    def feasible(self, condition: object) -> None:
+        """Infeasible unless `condition` holds."""
+        if not condition:
+            raise Infeasible
 
     def equate(self, a: Any, b: Any) -> None:
         """From now on sizes a and b are equal; Infeasible if they cannot be."""

@@ -303,10 +303,6 @@ class Symbols(Pattern):
             raise Infeasible(what)
         return options[self.choices.take(len(options))] if len(options) > 1 else options[0]
 
-    def feasible(self, condition: object) -> None:
-        if not condition:
-            raise Infeasible
-
     def size(self, name: str, low: int = 1) -> Any:
         symbol = sp.Symbol(self.name(name.upper()), integer=True,
                            **({"positive": True} if low else {"nonnegative": True}))  # fmt: skip
@@ -365,7 +361,6 @@ class Symbols(Pattern):
     def spread(
         self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
     ) -> tuple[Any, Any]:
-        """Input size and output padding of a transposed convolution."""
         size = self.size("m")
         extra: Any = out - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
         self.spreads.append((sym(out), sym(stride), sym(dilation), sym(extra)))
