@@ -1,6 +1,7 @@
 """Settings that every test runs under: hypothesis profiles, one thread, fixed seeds."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -24,3 +25,15 @@ hypothesis.settings.load_profile(
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Proofs are made once in a session and never taken from an earlier one."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before

@@ -167,8 +167,11 @@ def test_passes_are_listed_and_explained():
     assert "W' = " in one or "(s W) x + (s b + t)" in one
     assert "fold-batch-norm-into-conv" in one
     assert "Algebraic" in one
+    assert "fold-batch-norm: proved (" in one and "given var + eps > 0" in one
+    assert "NOT PROVED" not in listing and "4 proved" in listing
     assert "option limit" in run("passes", "materialize").stdout
     assert "Exact" in run("passes", "drop-dropout").stdout
+    assert "not proved: it changes the spelling" in run("passes", "spell-out-shape").stdout
     bad = run("passes", "fold-batchnorm")
     assert (bad.exit_code, "fold-batch-norm" in bad.stderr) == (2, True)
 

@@ -117,3 +117,12 @@ def test_a_pass_is_tested_rewrite_by_rewrite_or_on_graphs():
     assert check(Canonicalize(), graphs=strategies.convolutional(), max_examples=5) > 0
     with pytest.raises(TypeError, match="pass graphs="):
         check(Materialize())
+
+
+def test_a_rewrite_that_fires_on_its_own_result_is_told():
+    @rewrite(name="again")
+    def again(op: ops.Relu, rw):
+        return rw.emit(ops.Relu(op.input))
+
+    with pytest.raises(AssertionError, match="again fired at"):
+        check(again, max_examples=5, paths=50)

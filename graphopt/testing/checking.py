@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from graphopt.ir.driver import Record
+from graphopt.ir.driver import DidNotConverge, Record
 from graphopt.ir.rewrite import Rewrite, rewrite as as_rewrite
 from graphopt.optimize import optimize
 from graphopt.passes.base import Pass, RewritePass
@@ -150,7 +150,10 @@ def _examine(rewrite: Any, model: Any, inputs: Any, source: str, fates: Counter[
     except (RuntimeError, IndexError, ValueError) as error:
         fates[f"does not run: {str(error).splitlines()[0][:80]}"] += 1
         return 0
-    result = optimize(model, inputs, passes=[rewrite])
+    try:
+        result = optimize(model, inputs, passes=[rewrite])
+    except DidNotConverge as error:
+        raise Counterexample(f"{error}", source) from None
     report = result.report
     for record in report.rolled_back:
         raise Counterexample(f"{record.rewrite} {_fate(record)}", source)

@@ -16,18 +16,18 @@ from graphopt.ir.rewrite import Rewrite
 from graphopt.verify.proof.prove import Proof, prove
 
 
-def proof_of(rewrite: Rewrite, seconds: float = 60.0) -> Proof:
+def proof_of(rewrite: Rewrite, depth: int = 1, seconds: float = 300.0) -> Proof:
     """The proof of a rewrite, from the cache if nothing it depends on has changed since."""
     path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graphopt/proofs.json"
     source = _source(rewrite)
     if not source:
-        return prove(rewrite, seconds=seconds)
+        return prove(rewrite, depth=depth, seconds=seconds)
     known = _read(path)
-    key = hashlib.sha256(f"{_prover()} {rewrite.name} {source}".encode()).hexdigest()
+    key = hashlib.sha256(f"{_prover()} {depth} {rewrite.name} {source}".encode()).hexdigest()
     if key in known:
         fields = known[key]
         return Proof(**{**fields, "conditions": tuple(fields["conditions"])})
-    proof = prove(rewrite, seconds=seconds)
+    proof = prove(rewrite, depth=depth, seconds=seconds)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")

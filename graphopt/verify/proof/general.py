@@ -134,11 +134,9 @@ def _(p: Pattern, cls: Any, shape: Shape) -> Op:
 
 @entry(ops.BatchNorm)
 def _(p: Pattern, cls: Any, shape: Shape) -> Op:
-    root = shape is None
     shape = _shape(p, shape, (2, 3, 4))
     p.feasible(len(shape) >= 2)
     x, c = p.leaf(shape), shape[1]
-    p.brief = p.brief or not root
     training = p.flag("training")
     statistics = p.choose((True, False), "running statistics")
     weight = p.optional(lambda: p.vector(c, "gamma"))
