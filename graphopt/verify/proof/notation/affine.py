@@ -94,11 +94,12 @@ def _(op: ops.Conv, at: Index, r: Reader) -> Expr:
 @sizes.register
 def _(op: ops.Linear) -> Sizes:
     _same(op.input.shape[-1], op.weight.shape[1], "features of the input and of the weight")
-    if op.bias is not None:
-        if op.bias.ndim != 1:
-            raise ShapeError(f"a bias of {op.bias.ndim} axes")
-        _same(op.bias.shape[0], op.weight.shape[0], "the bias and the output features")
-    return (*op.input.shape[:-1], op.weight.shape[0])
+    shape = (*op.input.shape[:-1], op.weight.shape[0])
+    if op.bias is not None:  # torch takes any that broadcasts, where it takes it at all
+        for have, want in zip(reversed(op.bias.shape), reversed(shape), strict=False):
+            if not literally(have, 1):
+                _same(have, want, "the bias and the output")
+    return shape
 
 
 @entry.register
@@ -106,7 +107,7 @@ def _(op: ops.Linear, at: Index, r: Reader) -> Expr:
     (c,) = r.indices((op.weight.shape[1],), "c")
     read = r.space.product(r.at(op.weight, (at[-1], c)), r.at(op.input, (*at[:-1], c)))
     result = r.space.sum((c,), read)
-    return result if op.bias is None else result + r.at(op.bias, at[-1:])
+    return result if op.bias is None else result + r.broadcast(op.bias, at)
 
 
 def _matmul_sizes(left: Value, right: Value) -> Sizes:
