@@ -1,4 +1,4 @@
-"""A sample of what `benchmarks/fuzz.py` runs a thousand of, by the same checks; and proof that the
+"""A sample of what `benchmarks.fuzz` runs a thousand of, by the same checks; and proof that the
 generators reach what they claim and that the checks can fail."""
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import graphopt
-from benchmarks import fuzz
+from benchmarks.fuzz import checks, draw
+from benchmarks.fuzz.observe import copied
+from benchmarks.fuzz.row import Row
 from graphopt.testing import strategies
 from graphopt.testing.strategies import residuals, spikes
 from graphopt.testing.strategies.sketch import STATEMENTS
@@ -43,13 +45,13 @@ def each(strategy: st.SearchStrategy[Any], count: int, test: Callable[[Any], Non
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
-@pytest.mark.parametrize("mode", fuzz.MODES)
+@pytest.mark.parametrize("mode", draw.MODES)
 def test_the_optimized_model_is_the_source(kind: str, mode: str) -> None:
     def test(network: strategies.Network) -> None:
-        row = fuzz.check(kind, network, mode)
+        row = checks.check(kind, network, mode)
         assert row.verdict == "right", row.reason
 
-    each(fuzz.KINDS[kind](), SAMPLE[kind], test)
+    each(draw.KINDS[kind](), SAMPLE[kind], test)
 
 
 # -- the generators reach what they claim -------------------------------------------------------
@@ -93,7 +95,7 @@ def test_programs_use_a_wide_range_of_ops(programs: list[strategies.Network]) ->
     names = Names()
     with torch.no_grad(), names:
         for one in programs:
-            one.module(*fuzz.copied(one.inputs), **fuzz.copied(one.kwargs))
+            one.module(*copied(one.inputs), **copied(one.kwargs))
     assert not set(BREADTH) - names.seen
     assert len(names.seen) > 220
     code = "\n".join(str(one.module.code) for one in programs)
@@ -126,7 +128,7 @@ def features(network: strategies.Network) -> Counter[str]:
 
 
 def collect(kind: str, count: int, total: Counter[str]) -> None:
-    each(fuzz.KINDS[kind](), count, lambda one: total.update(features(one)))
+    each(draw.KINDS[kind](), count, lambda one: total.update(features(one)))
 
 
 def test_the_families_reach_their_variants() -> None:
@@ -222,13 +224,13 @@ def test_wrong_models_are_seen(slip: str, monkeypatch: pytest.MonkeyPatch) -> No
         return made
 
     monkeypatch.setattr(graphopt, "optimize", wrong)
-    row = fuzz.check("networks", strategies.Network(model, (tensor(3, 4),)), "tune")
+    row = checks.check("networks", strategies.Network(model, (tensor(3, 4),)), "tune")
     assert row.verdict == "wrong", row
 
 
 def test_a_right_model_passes() -> None:
     model = prepare(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()))
-    row = fuzz.check("networks", strategies.Network(model, (tensor(3, 4),)), "tune")
+    row = checks.check("networks", strategies.Network(model, (tensor(3, 4),)), "tune")
     assert (row.verdict, row.batch, row.gradients) == ("right", "right", "right"), row
     assert row.applied
     assert {"linear", "batch_norm", "tanh"} <= set(row.ops)
@@ -236,17 +238,15 @@ def test_a_right_model_passes() -> None:
 
 def test_a_failure_is_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """To a program that has what the failure needs and hardly more."""
-    real = fuzz.check
 
-    def check(kind: str, network: strategies.Network, mode: str) -> fuzz.Row:
-        row = fuzz.Row(kind, mode, shown=repr(network))
+    def check(kind: str, network: strategies.Network, mode: str) -> Row:
+        row = Row(kind, mode, shown=repr(network))
         if "torch.cat" in repr(network):
             row.verdict, row.reason = "wrong", "cats are wrong"
         return row
 
-    monkeypatch.setattr(fuzz, "check", check)
-    rows, failures = fuzz.draw_models("programs", "deploy", 0, 30, 60.0)
-    assert real is not check
+    monkeypatch.setattr(draw, "check", check)
+    rows, failures = draw.draw_models("programs", "deploy", 0, 30, 60.0)
     assert len(rows) >= 30
     assert [one.row.reason for one in failures] == ["cats are wrong"]
     assert failures[0].row.shown.count("\n") <= 8, failures[0].row.shown

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 pytest.importorskip("hypothesis")
-mutants = pytest.importorskip("benchmarks.mutants", reason="benchmarks are not installed")
+pytest.importorskip("benchmarks.mutants", reason="benchmarks are not installed")
+
+from benchmarks.mutants import changes, judges
 
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("name", ["drop_double_negation", "merge_factors"])
 def test_mutant_is_caught(name: str, number: int) -> None:
-    row = mutants.judged(name, 0, 3, number)
+    row = judges.judged(name, 0, 3, number)
     assert row["together"] == "caught" or row["argument"], row
 
 
 def test_the_originals_are_accepted() -> None:
     from graphopt.passes.canonicalize import drop_double_negation
 
-    assert mutants.by_proof(drop_double_negation)[0] == "survived"
-    assert mutants.by_site(drop_double_negation)[0] == "survived"
+    assert judges.by_proof(drop_double_negation)[0] == "survived"
+    assert judges.by_site(drop_double_negation)[0] == "survived"
 
 
 def test_a_change_is_taken_back() -> None:
     before = [(one.change, one.source(one.law.tree)) for one in _sampled()]
     assert before == [(one.change, one.source(one.law.tree)) for one in _sampled()]
-    assert all(one.source(one.law.tree) != mutants.ast.unparse(one.law.tree) for one in _sampled())
+    assert all(one.source(one.law.tree) != ast.unparse(one.law.tree) for one in _sampled())
 
 
 def _sampled() -> list:
     name = "fold_batch_norm"
-    return mutants.sample(mutants.rewrites()[name], name, 0, 5)
+    return changes.sample(judges.rewrites()[name], name, 0, 5)

@@ -1,10 +1,10 @@
-"""A varied sample of the zoos; `benchmarks/zoo.py` sweeps them whole, by the same checks."""
+"""A varied sample of the zoos; `benchmarks.zoo` sweeps them whole, by the same checks."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import zoo
+from benchmarks.zoo.checks import run_one
 from graphopt.torchvision_ops import declare_missing_ops
 
 declare_missing_ops()
@@ -26,6 +26,6 @@ SAMPLE = [
 
 @pytest.mark.parametrize(("source", "name"), SAMPLE)
 def test_model_is_right_and_explained(source: str, name: str):
-    row = zoo.run_one(source, name, size=64)
+    row = run_one(source, name, size=64)
     assert row.verdict == "right", row
     assert row.batch == "yes", row

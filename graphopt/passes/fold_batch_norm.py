@@ -52,13 +52,11 @@ def fold_batch_norm_into_linear(linear: ops.Linear, rw: Rewriter) -> Value:
         by.axis == linear.input.ndim - 1,
         f"its channels are not the features that {describe(linear.out)} reads",
     )
+    assert by.scale is not None and by.shift is not None  # a norm has both
     weight, bias = linear.weight, linear.bias
-    if by.shift is not None:
-        response = (widen(weight, by.shift) * widen(by.shift, weight)).sum((1,))
-        bias = response.to(weight.dtype) if bias is None else plus(bias, response)
-    if by.scale is not None:
-        weight = times(weight, by.scale)
-    return rw.emit_like(linear, input=value, weight=weight, bias=bias)
+    response = (widen(weight, by.shift) * widen(by.shift, weight)).sum((1,))
+    bias = response.to(weight.dtype) if bias is None else plus(bias, response)
+    return rw.emit_like(linear, input=value, weight=times(weight, by.scale), bias=bias)
 
 
 @rewrite
@@ -69,9 +67,8 @@ def fold_batch_norm_into_conv(conv: ops.Conv, rw: Rewriter) -> Value:
         by.axis == conv.channel_axis,
         f"its channels are not those that {describe(conv.out)} reads",
     )
-    weight = conv.weight if by.scale is None else conv.scale_in(by.scale)
-    if by.shift is None:
-        return rw.conv_like(conv, input=value, weight=weight)
+    assert by.scale is not None and by.shift is not None  # a norm has both
+    weight = conv.scale_in(by.scale)
     if not conv.pads and not conv.transposed:
         kernel = conv.response_kernel(by.shift)
         response = kernel.sum(tuple(range(1, kernel.ndim)))

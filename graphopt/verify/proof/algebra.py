@@ -272,6 +272,10 @@ class Space(Indices):
                     return [again(one, (Delta(one.at), sp.Integer(1)))]
                 if (smaller := self._inside(one)) is not None:
                     return [again(one, (smaller, sp.Integer(1)))]
+                if (part := self._part(one, bound)) is not None:
+                    v, w, value = part
+                    rest = again(one, swap={v: value})
+                    return [dataclasses.replace(rest, bound=(*rest.bound, w))]
                 if (below := self._below(one)) is not None:
                     rest = again(one)
                     return [rest, dataclasses.replace(
@@ -397,6 +401,19 @@ class Space(Indices):
             if radix != 1 and count is not None and high != 0 and self.inside(low, radix):
                 sure = None if one.sure is None else exact(one.sure, radix)
                 return Inside(sp.expand(high), count, sure)
+        return None
+
+    def _part(self, one: Inside, bound: list[Symbol]) -> tuple[Symbol, Symbol, Any] | None:
+        """A sum over v that [0 <= v + c < size] cuts down is a sum over w = v + c < size, if all
+        of that lies in the range of v: (v, w, v in terms of w)."""
+        for v in sorted(one.symbols.intersection(bound), key=by_name):
+            slope = one.at.coeff(v, 1)
+            rest = sp.expand(one.at - slope * v)
+            if slope in (1, -1) and not rest.has(v):
+                w = self.index(one.size, v.name.partition("~")[0].partition("#")[0])
+                value = sp.expand(slope * (w - rest))
+                if self.inside(value, self.resolve(self.range[v])):
+                    return v, w, value
         return None
 
     def _below(self, one: Inside) -> Inside | None:

@@ -130,7 +130,20 @@ class Indices:
         for v in sorted(part.free_symbols & self.range.keys(), key=by_name):
             if part.coeff(v, 1) == 1 and self._split(v, b):
                 return self.divmod(e, b)
+        nested = self._nested(part, b)
+        if nested is not None:
+            return whole + nested, sp.expand(part - b * nested)
         return whole + quot(part, b), rem(part, b)
+
+    def _nested(self, e: Any, b: Any) -> Any:
+        """floor((a + s c) / (s t)) = floor((floor(a / s) + c) / t) where floor(a / s) is known."""
+        for one, value in self.known.items():
+            if isinstance(one, quot):
+                a, s = map(self.resolve, one.args)
+                t, c = exact(b, s), exact(sp.expand(e - a), s)
+                if s != 1 and t not in (None, 1) and c is not None:
+                    return self.divmod(value + c, t)[0]
+        return None
 
     def _split(self, v: Symbol, radix: Any) -> bool:
         """Write v = high * radix + low, if its range is a multiple of radix."""

@@ -15,7 +15,7 @@ from typing import Any
 import sympy as sp
 from sympy.core.sympify import converter
 
-from graphopt.verify.proof.algebra import Expr, Space, element, number, quot, sym
+from graphopt.verify.proof.algebra import Expr, Space, element, number, quot, rem, sym
 from graphopt.verify.proof.notation import Index, Reader, entry
 from graphopt.verify.proof.pattern import LOST, Gap, Infeasible, Pattern, find
 
@@ -295,6 +295,8 @@ class Symbols(Pattern):
         self.covers: list[tuple[Any, Any, Any, Any]] = []
         self.spreads: list[tuple[Any, Any, Any, Any]] = []
         self.asked: list[tuple[str, Any, Any, bool]] = []
+        self._unsolved: list[Any] = []  # expressions that are 0
+        self._apart: list[Any] = []  # expressions that are not 0
 
     # -- choices ------------------------------------------------------------------------------
 
@@ -357,6 +359,22 @@ class Symbols(Pattern):
                     raise Gap(f"{difference} = 0")
                 if not solved:
                     raise Infeasible(f"{difference} = 0")
+        if any(self.space.resolve(one) == 0 for one in self._apart):
+            raise Infeasible("sizes that are not equal")
+        for one in self._unsolved:
+            now = self.space.resolve(one)
+            if now != one:
+                self._unsolved.remove(one)
+                if not self._known_zero(now):
+                    raise Infeasible(f"{now} = 0")
+                break  # what was learned has been upheld
+
+    def _known_zero(self, e: Any) -> bool:
+        """Learn that an expression is 0, now or as soon as it can be solved. False if it cannot be."""
+        solved = self._solve(e)
+        if solved is None:
+            self._unsolved.append(e)
+        return solved is not False
 
     def spread(
         self, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
@@ -380,8 +398,15 @@ class Symbols(Pattern):
         """Learn that an expression is 0. False if it cannot be, None if it is not solved here."""
         if e == 0:
             return True
+        if isinstance(e, rem) and not e.has(quot):
+            whole, radix = e.args
+            return self._solve(sp.expand(whole - radix * sym(self.multiple(whole))))
         if e.is_number or _never_zero(self.space, e):
             return False
+        for atom in e.atoms(quot):
+            whole, radix = atom.args
+            if sp.expand(whole - radix * atom - e) == 0 or sp.expand(whole - radix * atom + e) == 0:
+                return self._solve(rem(whole, radix))
         atoms = sorted(e.atoms(quot) | e.free_symbols, key=_rank)
         for atom in [first, *atoms] if first is not None else atoms:
             slope = e.coeff(atom, 1)
@@ -389,7 +414,7 @@ class Symbols(Pattern):
             if slope not in (1, -1) or rest.has(atom):
                 continue
             value = sp.expand(-rest * slope)
-            if atom.is_integer and not isinstance(atom, quot):
+            if atom.is_integer and atom.is_nonnegative:
                 slack = sp.expand((1 if atom.is_positive else 0) - value)
                 if slack != 0 and self.space.nonnegative(slack) and not self._vanish(slack):
                     return False
@@ -408,6 +433,12 @@ class Symbols(Pattern):
         if e.has(quot) or (len(parts) == 1 and sp.expand(parts[0] - e) == 0):
             return None
         return self._solve(self.choose(parts, f"{e} = 0")) if parts else False
+
+    def multiple(self, whole: Any) -> Any:
+        """A new factor of `whole`, which is not negative if `whole` is not."""
+        if self.space.nonnegative(whole):
+            return self.size("m", low=0)
+        return Size(self, sp.Symbol(self.name("M"), integer=True))
 
     def _vanish(self, e: Any) -> bool:
         """Learn that an expression without negative terms in (size - least size) is 0."""
@@ -436,8 +467,10 @@ class Symbols(Pattern):
             return False
         known = self._decided.get(difference)
         if known is None:
-            known = self._ask(f"{a} = {b}", f"{a} != {b}", lambda: self._solve(difference))
+            known = self._ask(f"{a} = {b}", f"{a} != {b}", lambda: self._known_zero(difference))
             self._decided[difference] = known
+            if not known:
+                self._apart.append(difference)
             self.asked.append(("=", a, b, known))
         return known
 
@@ -453,18 +486,37 @@ class Symbols(Pattern):
         elif difference.is_positive is not None:
             return bool(difference.is_positive)
         answer = self._ask(f"{a} < {b}", f"{a} >= {b}", lambda: self._positive(a, b))
+        if all(one.is_integer for one in difference.free_symbols):
+            self._order(b - a - 1 if answer else a - b)
         self.asked.append(("<", a, b, answer))
         return answer
+
+    def _order(self, e: Any) -> None:
+        """Learn that an expression of sizes is not negative, where one of them can carry that."""
+        e = self.space.resolve(e)
+        if self.space.nonnegative(e):
+            return
+        for atom in sorted(e.free_symbols, key=str):
+            rest = sp.expand(atom - e)
+            least = 1 if atom.is_positive else 0
+            if (
+                e.coeff(atom, 1) == 1
+                and not rest.has(atom)
+                and self.space.nonnegative(rest - least)
+            ):
+                self.space.learn(atom, rest + sym(self.size("m", low=0)))
+                self._uphold()
+                return
 
     def _positive(self, a: Any, b: Any) -> bool:
         if a == 0 and b.is_Symbol:
             self.space.learn(b, sp.Symbol(str(b), real=True, positive=True))
         return True
 
-    def _ask(self, yes: str, no: str, learn: Callable[[], bool | None]) -> bool:
+    def _ask(self, yes: str, no: str, learn: Callable[[], bool]) -> bool:
         if yes not in self._decided:
             answer = self.choose((False, True), yes)
-            if answer and learn() is False:  # None: true, but nothing more is known of it
+            if answer and not learn():
                 raise Infeasible(yes)
             self._decided[yes] = answer
             self.conditions[yes if answer else no] = None
