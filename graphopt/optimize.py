@@ -15,7 +15,7 @@ from torch import nn
 from graphopt.backends import base as backends
 from graphopt.ir import capture as capturing
 from graphopt.ir.capture import Captured, CaptureError
-from graphopt.ir.cost import cost
+from graphopt.ir.cost import cost, target
 from graphopt.ir.driver import Applications, Record, Session, Validator
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
@@ -204,7 +204,10 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     source = graph.clone()
     report.before = cost(graph, inputs)
     full, inputs = inputs, _sample(graph, inputs)
-    session = Session(graph, options.validator(graph, inputs), options.applications)
+    session = Session(
+        graph, options.validator(graph, inputs), options.applications,
+        target(options.backend, graph.device),
+    )  # fmt: skip
     lint(graph, "capture")
     report.passes = options.pipeline.run(session, options.say)
     report.applied = session.applied

@@ -2,8 +2,10 @@
 
     canonicalize,fold-batch-norm,mypackage.passes:drop_relu,materialize{limit=1000}
 
-A preset is a named pipeline and may stand inside another one. An item with a colon is a pass or a
-rewrite by its place: `package.module:Name`, importable from the working directory too.
+Passes in brackets share one worklist, so that each goes on where another one made room:
+`[fold-batch-norm,merge-branches]`. A preset is a named pipeline and may stand inside another one.
+An item with a colon is a pass or a rewrite by its place: `package.module:Name`, importable from the
+working directory too.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ from typing import Any
 
 from graphopt.ir.driver import Session
 from graphopt.ir.lint import lint
-from graphopt.passes.base import Pass, PassError, SingleRewrite, as_pass, available, find
+from graphopt.passes.base import (
+    Pass,
+    PassError,
+    RewritePass,
+    SingleRewrite,
+    Together,
+    as_pass,
+    available,
+    find,
+)
 from graphopt.sources import SourceError, import_object
 
 PRESETS = {
-    "tune": "canonicalize,fold-batch-norm,canonicalize",
-    "deploy": "canonicalize,fold-batch-norm,canonicalize,materialize,canonicalize",
+    "tune": "canonicalize,[fold-batch-norm,merge-sequences,merge-branches],canonicalize",
+    "deploy": "tune,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
+_TOGETHER = re.compile(r"\[([^\[\]]*)\](?:,|$)")
 
 
 class PipelineError(ValueError):
@@ -92,15 +104,19 @@ def parse(text: str) -> Iterator[Stage]:
         raise PipelineError("empty pipeline; name at least one pass")
     position = 0
     compact = re.sub(r"\s+", "", stripped)
+    if compact.endswith(","):
+        raise PipelineError("the pipeline ends with a comma; expected another pass")
     while position < len(compact):
+        if (group := _TOGETHER.match(compact, position)) is not None:
+            position = group.end()
+            yield _together(group[1])
+            continue
         match = _STAGE.match(compact, position)
         if match is None or match.end() == position:
             raise PipelineError(
                 f"cannot read the pipeline at {compact[position : position + 20]!r}; expected "
-                "name{option=value,...} separated by commas"
+                "name{option=value,...} or [name,...] separated by commas"
             )
-        if match.end() == len(compact) and compact.endswith(","):
-            raise PipelineError("the pipeline ends with a comma; expected another pass")
         position = match.end()
         name, options = match[1], match[2]
         if name in PRESETS and options is None:
@@ -108,6 +124,16 @@ def parse(text: str) -> Iterator[Stage]:
         else:
             written = match[0].rstrip(",") if options is None else f"{name}{{{options}}}"
             yield Stage(make(name, options), written)
+
+
+def _together(text: str) -> Stage:
+    stages = list(parse(text))
+    for stage in stages:
+        if not isinstance(stage.run, (RewritePass, SingleRewrite)):
+            raise PipelineError(
+                f"{stage.text} is not a set of rewrites; only these share a worklist in [...]"
+            )
+    return Stage(Together(tuple(stage.run for stage in stages)), f"[{text}]")  # type: ignore[misc]
 
 
 def make(name: str, options: str | None = None) -> Pass:

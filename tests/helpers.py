@@ -189,3 +189,30 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         assert all(torch.equal(after[name], one) for name, one in values.items())
 
     return assert_unchanged
+
+
+# -- models in one expression --------------------------------------------------------------------
+
+
+class Lambda(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(*args)
+
+
+class Net(nn.Module):
+    """`body(net, *inputs)` over named submodules: a model in one expression."""
+
+    def __init__(self, body: object, **modules: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.body = body
+        for name, one in modules.items():
+            setattr(self, name, one)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.body(self, *args)

@@ -25,8 +25,40 @@ def test_text_round_trips(text: str):
 
 
 def test_presets_are_named_pipelines():
-    names = [stage.run.name for stage in graphopt.Pipeline("tune,materialize")]
-    assert names == ["canonicalize", "fold-batch-norm", "canonicalize", "materialize"]
+    texts = [stage.text for stage in graphopt.Pipeline("tune,materialize")]
+    together = "[fold-batch-norm,merge-sequences,merge-branches]"
+    assert texts == ["canonicalize", together, "canonicalize", "materialize"]
+
+
+def test_passes_in_brackets_share_a_worklist():
+    """The norm of a sum folds once the sum is one convolution; each application names its pass."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x) + x)
+
+    net, x = Net().eval(), torch.randn(2, 4, 6, 6)
+    apart = graphopt.optimize(net, (x,), passes="fold-batch-norm,merge-branches").report
+    assert [record.stage for record in apart.applied] == ["merge-branches"]
+    text = "[fold-batch-norm,merge-branches]"
+    together = graphopt.optimize(net, (x,), passes=text).report
+    assert [record.stage for record in together.applied] == ["merge-branches", "fold-batch-norm"]
+    assert together.pipeline == text == str(graphopt.Pipeline(text))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[fold-batch-norm,materialize]", "materialize is not a set of rewrites"),
+    ("[fold-batch-norm", "cannot read the pipeline"),
+    ("[]", "empty pipeline"),
+    ("[nothing]", "unknown pass"),
+])  # fmt: skip
+def test_what_may_not_stand_in_brackets(text, message):
+    with pytest.raises((graphopt.PipelineError, graphopt.PassError), match=message):
+        graphopt.Pipeline(text)
 
 
 def test_options_reach_the_pass():

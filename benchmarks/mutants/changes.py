@@ -168,8 +168,8 @@ def sample(home: str, name: str, seed: int, count: int) -> list[Mutant]:
     turns, of its own body and of the laws it reaches."""
     rng = random.Random(f"{seed} {name}")
     kinds: dict[tuple[str, bool], list[Mutant]] = {}
-    texts: set[str] = set()
     for law in reached(home, name):
+        texts = {ast.unparse(law.node)}
         for one in mutants(law):
             if (text := one.source(law.node)) not in texts:
                 texts.add(text)

@@ -71,6 +71,10 @@ EQUIVALENT = {
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
      "for last in range(axis + 2, len(before)):"):
         f"two axes merged into one are not recognized any more: {_FEWER}",
+    ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
+     "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
+    ("add_negative_branch: _meeting", "i + j and a == b  ->  i + j or a == b"):
+        "a - b = a + (-b) whatever else they read; it only fires more often",
     ("_through_pool", "pool.input  ->  pool.out"): "a pool keeps the number of axes, all it is for",
     ("_through_pad", "pad.mode != 'constant' or (by.shift is None and (pad.value is None or "
      "pad.value == 0))  ->  pad.mode != 'constant' and (by.shift is None and (pad.value is None or "

@@ -20,7 +20,7 @@ from graphopt.passes.base import available
 from graphopt.testing import Counterexample, check, checking, prove
 from graphopt.verify.model import relative_error
 
-PROVE_SECONDS, CHECK_EXAMPLES, CHECK_PATHS, JUDGE_SECONDS = 5.0, 40, 150, 25.0
+PROVE_SECONDS, CHECK_EXAMPLES, CHECK_PATHS, JUDGE_SECONDS = 5.0, 40, 1500, 25.0
 JUDGES = ("proof", "property", "site", "together")
 
 

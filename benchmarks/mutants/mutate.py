@@ -16,7 +16,7 @@ from unittest import mock
 
 from benchmarks.mutants.equivalent import EQUIVALENT
 
-AFFINE = "graphopt.ir.affine"
+LAWS = ("graphopt.ir.affine", "graphopt.ir.maps")
 LAW_METHODS = {
     ("graphopt.ir.ops.affine", "Conv"): ("scale_out", "scale_in", "_per_output", "response_kernel"),
     ("graphopt.ir.ops.norm", "BatchNorm"): ("scale_and_shift",),
@@ -118,7 +118,7 @@ def _laws(home: str) -> list[Law]:
 
 def reached(home: str, name: str) -> list[Law]:
     """The function called `name`, and the laws that it reaches by name."""
-    homes = [home] if "canonicalize" in home else [home, AFFINE, *(key[0] for key in LAW_METHODS)]
+    homes = [home] if "canonicalize" in home else [home, *LAWS, *(key[0] for key in LAW_METHODS)]
     left = [law for one in homes for law in _laws(one)]
     found, waiting = [], [name]
     while waiting:

@@ -33,7 +33,7 @@ NETWORKS = {
         ((x * 1e17).long() | 1).double().long() % 64
         x.float().double().long().double()""",
     "drop_copy": """x.clone(); (-x).clone() * 2; (-x).relu()
-        x[:, :1].expand(-1, 4, 6, 6).clone().as_strided((9,), (2,))""",
+        x[:, :1].expand(-1, 4, 6, 6).clone().as_strided((9,), (10,))""",
     "drop_view": """x.reshape(x.shape); x.permute(0, 1, 2, 3); x.permute(0, 1, 3, 2); x[:, :, ::2]
         F.pad(x, (0, 0)); F.pad(x, (1, -1)); F.pad(x, (0, 0, 1, -1)); x[:, :, 1:]; x[:, :, 0:6]
         x.reshape(-1, 4, 36); x.repeat(1, 1, 1, 1); x.expand(-1, 4, 6, 6); x.permute(0, 2, 3, 1)""",
@@ -57,10 +57,32 @@ NETWORKS = {
         norm(), nn.ZeroPad2d(1), conv(); norm(), conv(padding=1, stride=2)
         norm(), nn.AvgPool2d(2), conv()
         nn.Flatten(2), nn.Unflatten(2, (4, 3, 3)), norm3(), mean(0), conv()
-        norm(), view(-1, 4, 6), nn.Conv1d(4, 4, 3)""",
+        norm(), view(-1, 4, 6), nn.Conv1d(4, 4, 3); norm(), nn.Flatten(2), nn.Conv1d(4, 4, 3)
+        norm(), mean(0), conv()""",
     "fold_scale_shift": """c(x) * s.reshape(4, 1, 1); c(x) - s.reshape(4, 1, 1); c(x) * s
         c(x) / s.reshape(4, 1, 1); s.reshape(4, 1, 1) - c(x); s.reshape(4, 1, 1) + c(x)
         s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()""",
+    "merge_branches": """add(conv(padding=1), nn.Conv2d(4, 4, 1)); add(conv(padding=1), norm())
+        add(nn.Identity(), conv(padding=1, groups=2)); add(conv(padding=1), nn.ReLU())
+        add(conv(padding=2, dilation=2), conv(padding=1)); add(conv(padding=1, groups=2), norm())
+        add(conv(padding=1, groups=2), conv(padding=1)); add(conv(padding=1), nn.AvgPool2d(3, 1, 1))
+        add(conv(padding=1), nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), conv(padding=1)))
+        add(conv(stride=4, padding=1), conv(stride=4)); add(up(padding=1), conv(padding=1))
+        add(conv(padding=1), nn.AvgPool2d(3, 1, 1, count_include_pad=False))
+        add(conv(padding=1), nn.Sequential(nn.Conv2d(4, 4, 1), conv(padding=1)))
+        add(nn.Conv2d(4, 4, 5, padding=2, dilation=1), conv(padding=2, dilation=2), norm())""",
+    "add_negative_branch": """sub(conv(padding=1), conv(padding=1)); sub(conv(padding=1), norm())
+        sub(conv(padding=1), norm(False)); sub(nn.Identity(), conv(padding=1, bias=False))
+        sub(conv(padding=1), nn.ReLU()); sub(conv(padding=1), nn.AvgPool2d(3, 1, 1))""",
+    "merge_convolutions": """conv(padding=1), conv(); conv(padding=1), conv(padding=1)
+        nn.Conv2d(4, 4, 1, bias=False), conv(padding=1); nn.Conv2d(4, 4, 1), conv(padding=1)
+        conv(stride=2), nn.Conv2d(4, 4, 2); conv(padding=2, dilation=2), conv(dilation=2)
+        conv(groups=2), nn.Conv2d(4, 6, 1, groups=2); conv(groups=2), nn.Conv2d(4, 3, 2)
+        conv(dilation=2), nn.Conv2d(4, 4, 2); conv(), up(); up(), conv(); conv(), nn.ReLU(), conv()
+        nn.Conv2d(4, 4, 1, bias=False, padding=1), conv(padding=1)
+        nn.Conv2d(4, 4, 1, bias=False, stride=2), conv(padding=1)""",
+    "merge_linears": """nn.Linear(6, 5), nn.Linear(5, 3); nn.Linear(6, 5, False), nn.Linear(5, 3)
+        nn.Linear(6, 5), nn.Linear(5, 3, False); nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)""",
 }  # fmt: skip
 
 
@@ -76,10 +98,11 @@ class Net(torch.nn.Module):
             "norm3": functools.partial(_norm, kind=nn.BatchNorm3d),
             "conv": functools.partial(nn.Conv2d, 4, 4, 3),
             "up": functools.partial(nn.ConvTranspose2d, 4, 4, 3),
+            "add": lambda *terms: Total(terms, 1), "sub": lambda *terms: Total(terms, -1),
             "mean": lambda dim: Apply(lambda x: x.mean(dim)),
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
         }  # fmt: skip
-        chain = re.search(r"norm3?\(", text)
+        chain = re.match(r"(nn\.|norm|conv|up|add|sub)", text)
         self.text = text
         self.f = eval(f"nn.Sequential({text})" if chain else f"lambda x, s, c: {text}", scope)
 
@@ -97,6 +120,20 @@ class Apply(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(x)
+
+
+class Total(torch.nn.Module):
+    """The first module of one input, with the others added or subtracted."""
+
+    def __init__(self, terms: tuple[torch.nn.Module, ...], sign: int) -> None:
+        super().__init__()
+        self.terms, self.sign = torch.nn.ModuleList(terms), sign
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *rest = (term(x) for term in self.terms)
+        for one in rest:
+            first = first + one if self.sign > 0 else first - one
+        return first
 
 
 def _norm(affine: bool = True, kind: Any = torch.nn.BatchNorm2d) -> torch.nn.Module:

@@ -1,9 +1,19 @@
-"""What a graph costs to run: parameters, FLOPs, bytes moved, nodes."""
+"""What a graph costs to run: parameters, FLOPs, bytes moved, nodes; and about how long an op takes.
+
+    seconds = launch + max(FLOPs / rate of this kind of op, bytes / bandwidth)
+
+The rates are in `efficiency.json`, one entry per backend and kind of device, measured by
+`python -m benchmarks.efficiency`. They decide which of two ways to compute the same is the faster
+one, never what is right.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +21,7 @@ import torch
 from graphopt.ir import ops
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph
-from graphopt.ir.ops.base import example_sizes, hint
+from graphopt.ir.ops.base import Op, example_sizes, hint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +77,48 @@ def _bytes(value: Any) -> int:
     for size in value.shape:
         count *= hint(size)
     return count * value.dtype.itemsize
+
+
+# -- how long an op takes -----------------------------------------------------------------------
+
+TABLE = Path(__file__).parent / "efficiency.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What graphs are to be fast on: seconds to launch an op, bytes per second, and FLOPs per second
+    of each `kind` of op."""
+
+    name: str
+    launch: float
+    bandwidth: float
+    rates: dict[str, float]
+
+    def seconds(self, op: Op) -> float:
+        """About how long an op of the graph takes; nothing if it depends on parameters alone."""
+        if op.out.is_constant:
+            return 0.0
+        moved = _bytes(op.out.meta)
+        moved += sum(_bytes(node.meta.get("val")) for node in op.out.node.all_input_nodes)
+        busy = moved / self.bandwidth
+        if op.flops and (what := kind(op)):
+            busy = max(busy, op.flops / self.rates[what])
+        return self.launch + busy
+
+
+@cache
+def target(backend: str = "eager", device: str = "cpu") -> Target:
+    """The measured target of a backend on a kind of device, or the nearest one there is."""
+    table = json.loads(TABLE.read_text())["targets"]
+    wanted = (f"{backend} {device}", f"eager {device}", "eager cpu")
+    name = next(name for name in wanted if name in table)
+    return Target(name, **table[name])
+
+
+def kind(op: Op) -> str:
+    """The row of the table that an op is looked up in; empty if it only moves bytes."""
+    if isinstance(op, ops.Conv):
+        if op.groups > 1:
+            return "depthwise" if op.groups == op.in_channels else "grouped"
+        return "pointwise" if all(size == 1 for size in op.kernel) else "dense"
+    return "matmul" if isinstance(op, (ops.Linear, ops.Matmul, ops.Addmm)) else ""

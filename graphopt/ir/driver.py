@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.contracts import Contract
+from graphopt.ir.cost import Target
 from graphopt.ir.graph import Graph, is_pure
 from graphopt.ir.rewrite import Declined, Rewrite, RewriteError, Rewriter, article
 from graphopt.ir.value import Value
@@ -85,8 +86,9 @@ class Session:
 
     def __init__(
         self, graph: Graph, validator: Validator | None = None,
-        applications: Applications | None = None,
+        applications: Applications | None = None, target: Target | None = None,
     ) -> None:  # fmt: skip
+        self.target = target
         self.graph = graph
         self.validator = validator
         self.applications = applications or Applications()
@@ -95,6 +97,7 @@ class Session:
         self.refused: dict[tuple[str, fx.Node], Record] = {}
         self.validation_seconds = 0.0
         self.pass_name = ""
+        self.pass_of: dict[str, str] = {}  # of rewrites that run together with other passes'
         self._hopeless: set[tuple[str, fx.Node]] = set()
 
     # -- one replacement ----------------------------------------------------------------------
@@ -109,7 +112,7 @@ class Session:
         """
         if (rewrite, old) in self._hopeless or self.applications.exhausted:
             return False
-        where = self.graph.where(old)
+        where, stage = self.graph.where(old), self.pass_of.get(rewrite, self.pass_name)
         reason = _type_difference(old, new)
         if not reason and (sharing := shared_memory(old, new)):
             self._hopeless.add((rewrite, old))
@@ -120,14 +123,14 @@ class Session:
         verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
         record = Record(
             rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name,
-            self.applications.count if verdict.ok else -1, self.pass_name,
+            self.applications.count if verdict.ok else -1, stage,
         )  # fmt: skip
         if not verdict.ok:
             self._hopeless.add((rewrite, old))
             self.rolled_back.append(record)
             return False
         for node in made:
-            node.meta["made_by"] = (self.pass_name or rewrite, rewrite, record.index)
+            node.meta["made_by"] = (stage or rewrite, rewrite, record.index)
         old.replace_all_uses_with(new)
         self.applied.append(record)
         self.applications.count += 1
@@ -206,7 +209,7 @@ class Session:
         """Try one rewrite at one node. None if it did not fire, else the nodes to look at again."""
         if (rewrite.name, node) in self._hopeless:
             return None
-        rw = Rewriter(self.graph, node)
+        rw = Rewriter(self.graph, node, self.target)
         op = rw.view(node)
         if op is None or not isinstance(op, rewrite.roots):
             return None

@@ -119,6 +119,12 @@ class Graph:
     def calls(self) -> list[Node]:
         return [node for node in self.fx.nodes if node.op == "call_function"]
 
+    @property
+    def device(self) -> str:
+        """The kind of device that the graph runs on: that of its first tensor."""
+        values = (node.meta.get("val") for node in self.fx.nodes)
+        return next((one.device.type for one in values if isinstance(one, torch.Tensor)), "cpu")
+
     def where(self, node: Node) -> str:
         if node.op == "get_attr":
             return str(node.target)

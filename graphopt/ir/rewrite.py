@@ -15,13 +15,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar, overload
 
 from torch import fx
 
+from graphopt.ir import cost
 from graphopt.ir.builder import Builder
 from graphopt.ir.contracts import Algebraic, Contract
+from graphopt.ir.cost import Target
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops.base import Op
 from graphopt.ir.value import Value
@@ -46,9 +48,10 @@ class Declined(Exception):
 class Rewriter(Builder):
     """What a rewrite function sees of the graph around its root."""
 
-    def __init__(self, graph: Graph, root: fx.Node) -> None:
+    def __init__(self, graph: Graph, root: fx.Node, target: Target | None = None) -> None:
         super().__init__(graph, root)
         self.root = root
+        self.target = target or cost.target()
         self._subject: Value | None = None
 
     # -- saying no ----------------------------------------------------------------------------
@@ -69,6 +72,16 @@ class Rewriter(Builder):
     def about(self, op: Op) -> None:
         """From here on, report declining as being about `op` (by default, about the root)."""
         self._subject = op.out
+
+    def pays(self, old: Iterable[Op], new: Value) -> None:
+        """Decline unless the op that computes `new` is at least as fast as `old` ones on the target."""
+        assert new.op is not None
+        before, after = sum(map(self.target.seconds, old)), self.target.seconds(new.op)
+        self.require(
+            after <= before,
+            f"it would take {after * 1e6:.0f} us instead of {before * 1e6:.0f} (estimated for "
+            f"{self.target.name})",
+        )
 
     # -- looking around -----------------------------------------------------------------------
 

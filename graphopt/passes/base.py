@@ -62,6 +62,22 @@ class SingleRewrite(Pass):
         session.run([self.rewrite])
 
 
+@dataclasses.dataclass(frozen=True)
+class Together(Pass):
+    """Several sets of rewrites on one worklist: each goes on where another one made room."""
+
+    passes: tuple[RewritePass | SingleRewrite, ...]
+
+    def run(self, session: Session) -> None:
+        rewrites = []
+        for one in self.passes:
+            for rewrite in one.rewrites if isinstance(one, RewritePass) else (one.rewrite,):
+                rewrites.append(rewrite)
+                session.pass_of[rewrite.name] = one.name or rewrite.name
+        session.run(rewrites)
+        session.pass_of.clear()
+
+
 def as_pass(found: Any) -> Pass | type[Pass] | None:
     """A pass or pass class as it is, a rewrite as a pass of its own; None for anything else."""
     if isinstance(found, Rewrite):

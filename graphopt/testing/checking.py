@@ -66,7 +66,7 @@ def patterns(rewrite: Rewrite, paths: int) -> tuple[list[Visit], list[Visit]]:
     matched: dict[str, Visit] = {}
     refused: dict[Any, Visit] = {}
     orderly = (explore(rewrite, depth) for depth in range(4))
-    random = (itertools.islice(explore(rewrite, 1 + n % 3, n), 50) for n in range(paths))
+    random = (itertools.islice(explore(rewrite, 1 + n % 3, n), 10) for n in range(paths))
     visits = itertools.chain(
         itertools.islice(itertools.chain.from_iterable(orderly), paths // 2),
         itertools.islice(itertools.chain.from_iterable(random), paths - paths // 2),

@@ -25,6 +25,8 @@ from graphopt.passes.materialize import Materialize
 from graphopt.torchvision_ops import declare_missing_ops
 from tests.helpers import (
     EXACT,
+    Lambda,
+    Net,
     assert_equal,
     calls,
     gradient_error,
@@ -99,30 +101,6 @@ def right(model: nn.Module, *shapes: tuple[int, ...]) -> graphopt.OptimizedModul
 def between(*ops: nn.Module, out: int = 4) -> nn.Sequential:
     """conv -> ops -> norm over `out` channels."""
     return nn.Sequential(nn.Conv2d(4, 4, 3), *ops, nn.BatchNorm2d(out))
-
-
-class Lambda(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: object) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
-
-
-class Net(nn.Module):
-    """`body(net, *inputs)` over named submodules: a model in one expression."""
-
-    def __init__(self, body: object, **modules: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.body = body
-        for name, one in modules.items():
-            setattr(self, name, one)
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.body(self, *args)
 
 
 def conv(out: int = 4, into: int = 4, **options: object) -> nn.Conv2d:
@@ -681,7 +659,7 @@ def test_sums_with_a_parameter(shape: tuple[int, ...]) -> None:
 
 def test_sums_with_something_that_takes_no_scale_stay() -> None:
     modules = {"a": conv(), "bn": nn.BatchNorm2d(4)}
-    stays(Net(lambda m, x: m.bn(m.a(x) + x), **modules), IMAGE, because="the input")
+    stays(Net(lambda m, x, y: m.bn(m.a(x) + y), **modules), IMAGE, IMAGE, because="the input")
     stays(Net(lambda m, x: m.bn(m.a(x) + x.relu()), **modules), IMAGE, because="Relu")
 
 

@@ -27,6 +27,7 @@ from graphopt.verify.proof.indices import Indices
 from graphopt.verify.proof.polynomials import (
     by_name,
     exact,
+    expand,
     multiples,
     proportional,
     quot as quot,
@@ -344,9 +345,9 @@ class Space(Indices):
             users = [one for one in factors if v in one.symbols]
             one = users[0] if len(users) == 1 else None
             if isinstance(one, Inside):
-                if sp.expand(one.at.coeff(v, 1) + one.size) == 0:
-                    whole = sp.expand(self.resolve(self.range[v]) * one.size)
-                    return one, Inside(sp.expand(one.at + v * one.size), whole, one.sure), v
+                if expand(one.at.coeff(v, 1) + one.size) == 0:
+                    whole = expand(self.resolve(self.range[v]) * one.size)
+                    return one, Inside(expand(one.at + v * one.size), whole, one.sure), v
         return None
 
     def _merged(self, factors: Mapping[Factor, Any], bound: list[Symbol]) -> Any:
@@ -359,7 +360,7 @@ class Space(Indices):
             seen = [e for e in read if e.free_symbols & {high, low}]
             if seen and all(proportional(e, high, low, radix) for e in seen):
                 name = high.name.partition("~")[0].removesuffix("h")
-                size = sp.expand(self.resolve(self.range[high]) * radix)
+                size = expand(self.resolve(self.range[high]) * radix)
                 return high, low, self.index(size, name)
         return None
 
@@ -376,21 +377,19 @@ class Space(Indices):
         for v in sorted(bound, key=_reads_first):
             slope = e.coeff(v, 1)
             if slope in (1, -1):
-                rest = sp.expand(e - slope * v)
+                rest = expand(e - slope * v)
                 if not rest.has(v):
-                    value = sp.expand(-rest * slope)
+                    value = expand(-rest * slope)
                     size = self.resolve(self.range[v])
                     return ((Inside(value, size, one.sure), sp.Integer(1)),), {v: value}
         for radix in radices(e, self.range):
             high, low = multiples(e, radix)
             if radix != 1 and high != 0 and low != 0:
                 if self.nonnegative(radix - 1 - low) and self.nonnegative(radix - 1 + low):
-                    pair = tuple(
-                        (Delta(sp.expand(e), one.sure), sp.Integer(1)) for e in (high, low)
-                    )
+                    pair = tuple((Delta(expand(e), one.sure), sp.Integer(1)) for e in (high, low))
                     return pair, {}
         if str(-e) < str(e):
-            return ((Delta(sp.expand(-e), one.sure), sp.Integer(1)),), {}
+            return ((Delta(expand(-e), one.sure), sp.Integer(1)),), {}
         return None
 
     def _inside(self, one: Inside) -> Inside | None:
@@ -400,7 +399,11 @@ class Space(Indices):
             count = exact(one.size, radix)
             if radix != 1 and count is not None and high != 0 and self.inside(low, radix):
                 sure = None if one.sure is None else exact(one.sure, radix)
-                return Inside(sp.expand(high), count, sure)
+                return Inside(expand(high), count, sure)
+        step = sp.gcd_list(sp.Add.make_args(one.at)) if one.at != 0 else sp.Integer(1)
+        if step != 1 and self.nonnegative(step - 1):  # [0 <= s e < n] = [0 <= e < ceil(n / s)]
+            count = self.divmod(one.size - 1, step)[0] + 1
+            return Inside(expand(one.at / step), expand(count))
         return None
 
     def _part(self, one: Inside, bound: list[Symbol]) -> tuple[Symbol, Symbol, Any] | None:
@@ -408,10 +411,10 @@ class Space(Indices):
         of that lies in the range of v: (v, w, v in terms of w)."""
         for v in sorted(one.symbols.intersection(bound), key=by_name):
             slope = one.at.coeff(v, 1)
-            rest = sp.expand(one.at - slope * v)
+            rest = expand(one.at - slope * v)
             if slope in (1, -1) and not rest.has(v):
                 w = self.index(one.size, v.name.partition("~")[0].partition("#")[0])
-                value = sp.expand(slope * (w - rest))
+                value = expand(slope * (w - rest))
                 if self.inside(value, self.resolve(self.range[v])):
                     return v, w, value
         return None
@@ -423,7 +426,7 @@ class Space(Indices):
         start = -one.at.xreplace({v: 0 for v in one.at.free_symbols & self.range.keys()})
         if start == 0 or not self.nonnegative(one.at + start):
             return None
-        return Inside(sp.expand(one.at + start), start)
+        return Inside(expand(one.at + start), start)
 
     def _canonical(self, term: Term) -> Term:
         """Bound indices renamed to the spelling that sorts first; factors sorted."""

@@ -12,8 +12,10 @@ from graphopt.verify.proof.polynomials import (
     all_positive,
     by_name,
     exact,
+    expand,
     multiples,
     parts,
+    positive_sum,
     quot,
     radices,
     rem,
@@ -27,6 +29,8 @@ class Indices:
         self.range: dict[Symbol, Any] = {}
         self.known: dict[Any, Any] = {}
         self.digits: dict[Symbol, tuple[Symbol, Symbol, Any]] = {}
+        self.zeros: list[Any] = []  # polynomials in sizes that are 0, not solved for any of these
+        self.least: list[Any] = []  # polynomials in sizes that are not negative
         self.positive: set[str] = set()
         self.laws: dict[str, None] = {}
         self._count = itertools.count()
@@ -77,7 +81,7 @@ class Indices:
             if opaque:
                 new = new.replace(quot, lambda a, b: self.divmod(a, b)[0])
                 new = new.replace(rem, lambda a, b: self.divmod(a, b)[1])
-            new = sp.expand(new)
+            new = expand(new)
             if new == e:
                 return e
             e = new
@@ -91,16 +95,19 @@ class Indices:
         e = self.resolve(e)
         for v in sorted(e.free_symbols & self.range.keys(), key=by_name):
             slope = e.coeff(v, 1)
-            rest = sp.expand(e - slope * v)
+            rest = expand(e - slope * v)
             if rest.has(v):
                 return False
             if all_positive(slope):
                 e = rest
             elif all_positive(-slope):
-                e = sp.expand(rest + slope * (self.resolve(self.range[v]) - 1))
+                e = expand(rest + slope * (self.resolve(self.range[v]) - 1))
             else:
                 return False
-        return all_positive(e)
+        return all_positive(e) or any(
+            positive_sum(e, known)
+            for known in (*self.zeros, *(-one for one in (*self.zeros, *self.least)))
+        )
 
     def inside(self, e: Any, size: Any) -> bool:
         return self.nonnegative(e) and self.nonnegative(size - 1 - e)
@@ -126,13 +133,13 @@ class Indices:
             high, low = multiples(part, radix)
             if high != 0 and self.inside(low, radix):
                 q, r = self.divmod(high, left)
-                return whole + q, sp.expand(radix * r + low)
+                return whole + q, expand(radix * r + low)
         for v in sorted(part.free_symbols & self.range.keys(), key=by_name):
             if part.coeff(v, 1) == 1 and self._split(v, b):
                 return self.divmod(e, b)
         nested = self._nested(part, b)
         if nested is not None:
-            return whole + nested, sp.expand(part - b * nested)
+            return whole + nested, expand(part - b * nested)
         return whole + quot(part, b), rem(part, b)
 
     def _nested(self, e: Any, b: Any) -> Any:
@@ -140,7 +147,7 @@ class Indices:
         for one, value in self.known.items():
             if isinstance(one, quot):
                 a, s = map(self.resolve, one.args)
-                t, c = exact(b, s), exact(sp.expand(e - a), s)
+                t, c = exact(b, s), exact(expand(e - a), s)
                 if s != 1 and t not in (None, 1) and c is not None:
                     return self.divmod(value + c, t)[0]
         return None

@@ -345,7 +345,10 @@ class Pattern(Rewriter):
             return
         if left.computed and not right.computed:
             left, right = right, left
-        for one, other in zip(left.meta["val"].shape, right.meta["val"].shape, strict=True):
+        shapes = left.meta["val"].shape, right.meta["val"].shape
+        if len(shapes[0]) != len(shapes[1]):
+            raise Infeasible("different ranks")
+        for one, other in zip(*shapes, strict=True):
             self.equate(one, other)
         if left.computed:
             if type(left.view) is not type(right.view):
@@ -376,6 +379,9 @@ class Pattern(Rewriter):
     def require(self, condition: object, reason: str) -> None:
         super().require(condition, reason)
         self.requirements[reason] = None
+
+    def pays(self, old: Any, new: Value) -> None:
+        """What is faster is not a matter of proof."""
 
     # -- emitting -----------------------------------------------------------------------------
 

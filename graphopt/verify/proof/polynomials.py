@@ -33,6 +33,23 @@ def sym(value: Any) -> Any:
     return sp.sympify(value)
 
 
+@lru_cache(maxsize=1 << 18)
+def expand(e: Any) -> Any:
+    """A polynomial as a sum of monomials."""
+    return sp.expand(e)
+
+
+@lru_cache(maxsize=1 << 16)
+def factors_of(e: Any) -> tuple[Any, ...]:
+    """The irreducible factors of a polynomial, without its content."""
+    return tuple(one for one, _ in sp.factor_list(e)[1])
+
+
+@lru_cache(maxsize=1 << 18)
+def positive_sum(a: Any, b: Any) -> bool:
+    return all_positive(expand(a + b))
+
+
 def by_name(v: Symbol) -> str:
     return str(v.name)
 
@@ -40,7 +57,7 @@ def by_name(v: Symbol) -> str:
 @lru_cache(maxsize=1 << 18)
 def parts(e: Any) -> tuple[frozenset[Symbol], frozenset[Any], Any]:
     """(the symbols of e, its quotients and remainders, e expanded)."""
-    return frozenset(e.free_symbols), frozenset(e.atoms(quot, rem)), sp.expand(e)
+    return frozenset(e.free_symbols), frozenset(e.atoms(quot, rem)), expand(e)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -54,7 +71,7 @@ def all_positive(e: Any) -> bool:
             shift[symbol] = symbol + 1
         elif not symbol.is_nonnegative:
             return False
-    for term in sp.Add.make_args(sp.expand(e.xreplace(shift))):
+    for term in sp.Add.make_args(expand(e.xreplace(shift))):
         if not term.as_coeff_Mul()[0].is_nonnegative or term.has(quot, rem):
             return False
     return True
@@ -64,7 +81,7 @@ def all_positive(e: Any) -> bool:
 def proportional(e: Any, high: Symbol, low: Symbol, radix: Any) -> bool:
     """Whether e is linear in both indices, as in high * radix + low."""
     slope = e.coeff(low, 1)
-    rest = sp.expand(e - slope * (high * radix + low))
+    rest = expand(e - slope * (high * radix + low))
     return not slope.has(high, low) and not rest.has(high, low)
 
 
@@ -79,7 +96,7 @@ def exact(e: Any, b: Any) -> Any:
     """e / b if that is a polynomial with integer coefficients, else None."""
     if b.is_Add:
         found = sp.cancel(e / b)
-        return None if sp.denom(found).free_symbols or not _integral(found) else sp.expand(found)
+        return None if sp.denom(found).free_symbols or not _integral(found) else expand(found)
     terms = [term / b for term in sp.Add.make_args(e)]
     for term in terms:
         number, rest = term.as_coeff_Mul()
@@ -92,7 +109,7 @@ def exact(e: Any, b: Any) -> Any:
 
 def _integral(e: Any) -> bool:
     return all(
-        sp.sympify(term).as_coeff_Mul()[0].is_Integer for term in sp.Add.make_args(sp.expand(e))
+        sp.sympify(term).as_coeff_Mul()[0].is_Integer for term in sp.Add.make_args(expand(e))
     )
 
 
@@ -104,8 +121,8 @@ def multiples(e: Any, b: Any) -> tuple[Any, Any]:
         leads = [v for v in sorted(b.free_symbols, key=by_name) if b.coeff(v, 1) == 1]
         if leads and e.is_polynomial(leads[0]):
             whole, rest = sp.div(e, b, leads[0])
-            return sp.expand(whole), sp.expand(rest)
-    for term in sp.Add.make_args(sp.expand(e)):
+            return expand(whole), expand(rest)
+    for term in sp.Add.make_args(expand(e)):
         count = exact(term, b)
         if count is None:
             rest += term
@@ -117,7 +134,7 @@ def multiples(e: Any, b: Any) -> tuple[Any, Any]:
 def radices(e: Any, indices: Mapping[Symbol, Any]) -> list[Any]:
     """The coefficients of indices in e, largest products first."""
     found: dict[Any, None] = {}
-    for term in sp.Add.make_args(sp.expand(e)):
+    for term in sp.Add.make_args(expand(e)):
         inner = term.free_symbols & indices.keys()
         if inner:
             radix = term.xreplace({v: sp.Integer(1) for v in inner})

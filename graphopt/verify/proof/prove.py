@@ -224,9 +224,25 @@ def compare(pattern: Symbols, old: Value, new: Value) -> str:
         pattern.space.named(name, size)
         for name, size in zip("ijklmpqrs", map(sym, old.shape), strict=False)
     )
-    left, right = pattern.entry(old, at), pattern.entry(new, at)
-    residual = str(pattern.space.difference(left, right))
+    for opaque in (_kept(pattern, new) - {find(old.node)}, set()):
+        pattern.opaque = opaque
+        residual = str(pattern.space.difference(pattern.entry(old, at), pattern.entry(new, at)))
+        if residual == "0" or not opaque:
+            break
     return "" if residual == "0" else residual
+
+
+def _kept(pattern: Symbols, new: Value) -> set[Any]:
+    """The computed nodes of the pattern that a result is made of. What holds whatever they are
+    holds for what they compute."""
+    made, stack, kept = set(pattern.made), [find(new.node)], set()
+    while stack:
+        node = stack.pop()
+        if node in made:
+            stack += node.all_input_nodes
+        elif node.computed:
+            kept.add(node)
+    return kept
 
 
 def _text(shape: Any) -> str:

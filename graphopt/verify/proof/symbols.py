@@ -18,6 +18,7 @@ from sympy.core.sympify import converter
 from graphopt.verify.proof.algebra import Expr, Space, element, number, quot, rem, sym
 from graphopt.verify.proof.notation import Index, Reader, entry
 from graphopt.verify.proof.pattern import LOST, Gap, Infeasible, Pattern, find
+from graphopt.verify.proof.polynomials import all_positive, expand, factors_of
 
 
 class Choices:
@@ -295,7 +296,7 @@ class Symbols(Pattern):
         self.covers: list[tuple[Any, Any, Any, Any]] = []
         self.spreads: list[tuple[Any, Any, Any, Any]] = []
         self.asked: list[tuple[str, Any, Any, bool]] = []
-        self._unsolved: list[Any] = []  # expressions that are 0
+        self.opaque: set[Any] = set()  # computed nodes that are looked at as tensors of any kind
         self._apart: list[Any] = []  # expressions that are not 0
 
     # -- choices ------------------------------------------------------------------------------
@@ -346,6 +347,7 @@ class Symbols(Pattern):
         size = self.size("m")
         reach = sym(size) + 2 * sym(padding) - sym(dilation) * (sym(kernel) - 1) - 1
         self.covers.append((sym(size), reach, sym(stride), sym(out)))
+        self.space.least.append(expand(reach - sym(stride) * (sym(out) - 1)))
         self._uphold()
         return size
 
@@ -361,19 +363,35 @@ class Symbols(Pattern):
                     raise Infeasible(f"{difference} = 0")
         if any(self.space.resolve(one) == 0 for one in self._apart):
             raise Infeasible("sizes that are not equal")
-        for one in self._unsolved:
+        self._sign()
+        for one in self.space.zeros:
             now = self.space.resolve(one)
             if now != one:
-                self._unsolved.remove(one)
+                self.space.zeros.remove(one)
                 if not self._known_zero(now):
                     raise Infeasible(f"{now} = 0")
                 break  # what was learned has been upheld
+
+    def _sign(self) -> None:
+        """Use what is not negative: a product's only factor of unknown sign is not, either; and what
+        is not positive is 0."""
+        facts, self.space.least = self.space.least, []
+        for e in map(self.space.resolve, facts):
+            unsigned = [one for one in e.free_symbols if not one.is_nonnegative]
+            scale = e.coeff(unsigned[0], 1) if len(unsigned) == 1 else sp.Integer(0)
+            if scale != 0 and all_positive(scale - 1) and expand(e - unsigned[0] * scale) == 0:
+                self.space.learn(unsigned[0], sym(self.size("m", 0)))
+            elif all_positive(-e):
+                if not self._known_zero(self.space.resolve(e)):
+                    raise Infeasible(f"{e} = 0")
+            elif not all_positive(e):
+                self.space.least.append(e)
 
     def _known_zero(self, e: Any) -> bool:
         """Learn that an expression is 0, now or as soon as it can be solved. False if it cannot be."""
         solved = self._solve(e)
         if solved is None:
-            self._unsolved.append(e)
+            self.space.zeros.append(e)
         return solved is not False
 
     def spread(
@@ -388,7 +406,7 @@ class Symbols(Pattern):
 
     def equate(self, a: Any, b: Any) -> None:
         a, b = self.space.resolve(sym(a)), self.space.resolve(sym(b))
-        solved = self._solve(sp.expand(a - b), a if a.is_Symbol else None)
+        solved = self._solve(expand(a - b), a if a.is_Symbol else None)
         if solved is None:
             raise Gap(f"{a} = {b}")
         if not solved:
@@ -400,50 +418,79 @@ class Symbols(Pattern):
             return True
         if isinstance(e, rem) and not e.has(quot):
             whole, radix = e.args
-            return self._solve(sp.expand(whole - radix * sym(self.multiple(whole))))
+            return self._solve(expand(whole - radix * sym(self.multiple(whole))))
         if e.is_number or _never_zero(self.space, e):
             return False
         for atom in e.atoms(quot):
             whole, radix = atom.args
-            if sp.expand(whole - radix * atom - e) == 0 or sp.expand(whole - radix * atom + e) == 0:
+            if expand(whole - radix * atom - e) == 0 or expand(whole - radix * atom + e) == 0:
                 return self._solve(rem(whole, radix))
         atoms = sorted(e.atoms(quot) | e.free_symbols, key=_rank)
         for atom in [first, *atoms] if first is not None else atoms:
             slope = e.coeff(atom, 1)
-            rest = sp.expand(e - slope * atom)
+            rest = expand(e - slope * atom)
             if slope not in (1, -1) or rest.has(atom):
                 continue
-            value = sp.expand(-rest * slope)
+            value = expand(-rest * slope)
             if atom.is_integer and atom.is_nonnegative:
-                slack = sp.expand((1 if atom.is_positive else 0) - value)
+                slack = expand((1 if atom.is_positive else 0) - value)
                 if slack != 0 and self.space.nonnegative(slack) and not self._vanish(slack):
                     return False
                 value = self.space.resolve(value)
+                self.space.least.append(value - 1 if atom.is_positive else value)
             self.space.learn(atom, value)
             self._uphold()
             return True
         if not all(one.is_integer for one in e.free_symbols):
             return None
-        for signed in (e, sp.expand(-e)):
+        for signed in (e, expand(-e)):
             if self.space.nonnegative(signed):
                 solved = self._vanish(signed)
                 self._uphold()
                 return solved
-        parts = [one for one, _ in sp.factor_list(e)[1] if not _never_zero(self.space, one)]
-        if e.has(quot) or (len(parts) == 1 and sp.expand(parts[0] - e) == 0):
+        if (halved := self._halve(e)) is not None:
+            return halved
+        if (pairs := _two_products(e)) is not None:
+            return self._refine(*pairs)
+        parts = [one for one in factors_of(e) if not _never_zero(self.space, one)]
+        if e.has(quot) or (len(parts) == 1 and expand(parts[0] - e) == 0):
             return None
         return self._solve(self.choose(parts, f"{e} = 0")) if parts else False
 
+    def _halve(self, e: Any) -> bool | None:
+        """Learn 2 a = b c: one of b and c is even. None if the expression is not of that form."""
+        for a in sorted(e.free_symbols, key=str):
+            rest = expand(sp.sign(e.coeff(a, 1)) * (2 * a * sp.sign(e.coeff(a, 1)) - e))
+            if abs(e.coeff(a, 1)) != 2 or rest.has(a):
+                continue
+            parts = list(factors_of(rest))
+            if len(parts) < 2 or expand(sp.Mul(*parts) - rest) != 0:
+                continue
+            even = self.choose(parts, f"{rest} is even")
+            if not self._solve(expand(even - 2 * sym(self.multiple(even)))):
+                return False
+            return self._solve(expand(self.space.resolve(e)))
+        return None
+
+    def _refine(self, left: Any, right: Any) -> bool:
+        """Learn a b = c d: a = p q, b = r s, c = p r, d = q s for some p, q, r, s."""
+        p, q, r, s = (sym(self.size(name)) for name in "gmim")
+        for symbol, value in zip((*left, *right), (p * q, r * s, p * r, q * s), strict=True):
+            self.space.learn(symbol, value)
+        self._uphold()
+        return True
+
     def multiple(self, whole: Any) -> Any:
-        """A new factor of `whole`, which is not negative if `whole` is not."""
-        if self.space.nonnegative(whole):
-            return self.size("m", low=0)
+        """A new factor of `whole`, with its sign."""
+        for low in (1, 0):
+            if self.space.nonnegative(whole - low):
+                return self.size("m", low)
         return Size(self, sp.Symbol(self.name("M"), integer=True))
 
     def _vanish(self, e: Any) -> bool:
         """Learn that an expression without negative terms in (size - least size) is 0."""
         shift = {one: one + (1 if one.is_positive else 0) for one in e.free_symbols}
-        shifted = sp.expand(e.xreplace(shift))
+        shifted = expand(e.xreplace(shift))
         while shifted != 0:
             term = min(sp.Add.make_args(shifted), key=lambda t: (len(t.free_symbols), str(t)))
             symbols = sorted(term.free_symbols, key=str)
@@ -451,11 +498,11 @@ class Symbols(Pattern):
                 return False
             zero = self.choose(symbols, f"{term} = 0")
             self.space.learn(zero, sp.Integer(1 if zero.is_positive else 0))
-            shifted = sp.expand(shifted.xreplace({zero: sp.Integer(0)}))
+            shifted = expand(shifted.xreplace({zero: sp.Integer(0)}))
         return True
 
     def equal(self, a: Any, b: Any) -> bool:
-        difference = sp.expand(a - b)
+        difference = expand(a - b)
         if difference == 0:
             return True
         if difference.is_number or difference.is_zero is False:
@@ -475,7 +522,7 @@ class Symbols(Pattern):
         return known
 
     def less(self, a: Any, b: Any) -> bool:
-        difference = sp.expand(b - a)
+        difference = expand(b - a)
         if difference.is_number:
             return bool(difference > 0)
         if all(one.is_integer for one in difference.free_symbols):
@@ -496,8 +543,12 @@ class Symbols(Pattern):
         e = self.space.resolve(e)
         if self.space.nonnegative(e):
             return
+        if self.space.nonnegative(-e):
+            if not self._known_zero(e):
+                raise Infeasible(f"{e} = 0")
+            return
         for atom in sorted(e.free_symbols, key=str):
-            rest = sp.expand(atom - e)
+            rest = expand(atom - e)
             least = 1 if atom.is_positive else 0
             if (
                 e.coeff(atom, 1) == 1
@@ -530,7 +581,7 @@ class Symbols(Pattern):
             return number(sym(value))
         node = find(value.node)
         reader = Reader(self.space, self.entry)
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in self.opaque:
             return entry(node.view, at, reader)
         return element(node.name, at)
 
@@ -539,6 +590,22 @@ def _never_zero(space: Space, e: Any) -> bool:
     if not all(one.is_integer for one in e.free_symbols):
         return bool(e.is_zero is False)
     return space.nonnegative(e - 1) or space.nonnegative(-e - 1)
+
+
+def _two_products(e: Any) -> tuple[Any, Any] | None:
+    """((a, b), (c, d)) if e is a b - c d, with four different positive symbols."""
+    if not (e.is_Add and len(e.args) == 2 and len(e.free_symbols) == 4):
+        return None
+    signed = sorted(e.args, key=lambda term: -int(term.as_coeff_Mul()[0]))
+    found = [term.as_coeff_Mul() for term in signed]
+    symbols = [tuple(sorted(rest.free_symbols, key=str)) for _, rest in found]
+    whole = all(one.is_Symbol and one.is_positive for pair in symbols for one in pair)
+    if [number for number, _ in found] != [1, -1] or not whole:
+        return None
+    if any(len(pair) != 2 or rest != pair[0] * pair[1]
+           for (_, rest), pair in zip(found, symbols, strict=True)):  # fmt: skip
+        return None
+    return symbols[0], symbols[1]
 
 
 def _rank(atom: Any) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -35,7 +36,24 @@ def _(op: ops.Reshape) -> Sizes:
 
 @entry.register
 def _(op: ops.Reshape, at: Index, r: Reader) -> Expr:
-    return r.at(op.input, unravel(r.space, ravel(at, sizes(op)), op.input.shape))
+    read: list[Any] = []
+    after, before = sizes(op), op.input.shape
+    for new, old in _apart(r.space, after, before):
+        read += unravel(r.space, ravel(at[new], after[new]), before[old])
+    return r.at(op.input, tuple(read))
+
+
+def _apart(space: Space, after: Sizes, before: Sizes) -> Iterator[tuple[slice, slice]]:
+    """Neighbouring axes that are reshaped among themselves: cut where as much lies in front."""
+    fronts = [space.resolve(sym(prod(before[:i]))) for i in range(len(before))]
+    i = j = 0
+    for new in range(1, len(after)):
+        front = space.resolve(sym(prod(after[:new])))
+        old = next((old for old in range(i + 1, len(before)) if fronts[old] == front), None)
+        if old is not None:
+            yield slice(j, new), slice(i, old)
+            i, j = old, new
+    yield slice(j, len(after)), slice(i, len(before))
 
 
 def ravel(at: Index, shape: Sizes) -> Any:

@@ -1,0 +1,256 @@
+"""Branches as convolutions: what composes, what adds up, and what reads as one.
+
+    compose:  W2 (W1 x + b1) + b2    =  (W2 W1) x + (W2 b1 + b2)
+    add:      (W1 x + b1) + (W2 x + b2)  =  (W1 + W2) x + (b1 + b2)
+
+A map is an `ops.Conv` that need not be in the graph: a weight, a bias and a geometry, applied to its
+`input`. Padding is what makes a map of an image differ from a matrix; the conditions say where it
+matters. Source: reference/transformations.md 4.1 to 4.3; DBB (arXiv 2103.13425), RepVGG (2101.03697).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from graphopt.ir import ops
+from graphopt.ir.ops import plus, widen
+from graphopt.ir.rewrite import Rewriter, describe
+from graphopt.ir.value import Value
+
+
+def source(value: Value) -> Value | None:
+    """What `value` may be a map of: the input of the op that computes it; None if it is no map."""
+    op = value.op
+    if isinstance(op, ops.Conv):
+        return op.input if op.channel_axis == 1 and not op.transposed else None
+    if isinstance(op, ops.BatchNorm):
+        return None if op.uses_batch_statistics else op.input
+    return op.input if isinstance(op, ops.AvgPool) else None
+
+
+def as_map(rw: Rewriter, value: Value, start: Value, like: ops.Conv) -> ops.Conv:
+    """`value` as a map of `start`, in the rank and with the groups of `like`."""
+    if value == start:
+        return identity(rw, start, like)
+    op = value.op
+    if isinstance(op, ops.Conv):
+        return op if op.input == start else compose_maps(rw, op, as_map(rw, op.input, start, like))
+    if isinstance(op, ops.AvgPool):
+        return compose_maps(rw, average(rw, op, like), as_map(rw, op.input, start, like))
+    assert isinstance(op, ops.BatchNorm)
+    scale, shift = op.scale_and_shift()
+    inner = as_map(rw, op.input, start, like)
+    bias = shift if inner.bias is None else plus(widen(inner.bias) * scale, shift)
+    assert bias is not None
+    return inner.replace(weight=inner.scale_out(scale), bias=bias.to(inner.weight.dtype))
+
+
+def identity(rw: Rewriter, value: Value, like: ops.Conv) -> ops.Conv:
+    """The identity: `weight[o, i mod (C / groups), 0] = 1` where o = i."""
+    channels, groups = like.in_channels, like.groups
+    per, ones = channels // groups, (1,) * like.rank
+    eye = rw.emit(ops.Eye(per, per, like.weight.dtype, like.weight.meta.device))
+    weight = eye.reshape(1, per, per).expand(groups, per, per).reshape(channels, per, *ones)
+    return ops.Conv(value, weight, None, ones, (0,) * like.rank, ones, groups)
+
+
+def average(rw: Rewriter, pool: ops.AvgPool, like: ops.Conv) -> ops.Conv:
+    """An average pooling: `weight[o, i mod (C / groups), k] = 1 / size of the window`."""
+    kernel, rank = pool.kernel_size, like.rank
+    stride, padding = pool.stride or kernel, pool.padding
+    padding = padding if isinstance(padding, tuple) else (padding,) * rank
+    rw.require(len(kernel) == rank, f"{describe(pool.out)} pools over another number of axes")
+    rw.require(not pool.ceil_mode, f"{describe(pool.out)} rounds its output size up")
+    rw.require(
+        pool.count_include_pad or not any(padding),
+        f"{describe(pool.out)} divides by fewer pixels at the border",
+    )
+    one = identity(rw, pool.input, like)
+    weight = one.weight / (pool.divisor_override or prod(kernel))
+    weight = weight.expand(*weight.shape[:2], *kernel)
+    return one.replace(weight=weight, stride=tuple(stride), padding=tuple(padding))
+
+
+# -- compose ------------------------------------------------------------------------------------
+
+
+def compose_maps(rw: Rewriter, outer: ops.Conv, inner: ops.Conv) -> ops.Conv:
+    """The map that applies `inner`, then `outer`.
+
+    Padding of `outer` puts zeros around what `inner` computes; that is what `inner` makes of zeros
+    around its own input if it reads one pixel at a time and adds nothing.
+    """
+    _plain(rw, outer, inner)
+    if any(padded(outer)):
+        rw.require(
+            _pointwise(inner) and not any(padded(inner)),
+            f"{describe(outer.out)} pads what {describe(inner.out)} computes from more than one "
+            "pixel, so that its border sees zeros where the merged one would see pixels",
+        )
+        rw.require(
+            inner.bias is None,
+            f"{describe(outer.out)} pads with zeros where {describe(inner.out)} adds its bias",
+        )
+    dilation, into, onto = _steps(outer, inner)
+    outer, inner = same_groups(rw, outer, inner)
+    groups = inner.groups
+    bias = outer.bias
+    if inner.bias is not None:
+        kernel = outer.response_kernel(inner.bias)
+        bias = plus(bias, kernel.sum(tuple(range(1, kernel.ndim))).to(outer.weight.dtype))
+    # W[o, i, t] = sum_m,b W2[o, m, b] W1[m, i, (t - onto b) / into]: a transposed convolution of W1
+    # by W2, the inner inputs taking the place of the samples.
+    first, second = inner.weight.permute(1, 0, *range(2, 2 + inner.rank)), _swapped(outer)
+    full = rw.emit(
+        ops.Conv(first, second, None, into, (0,) * outer.rank, onto, groups, True,
+                 (0,) * outer.rank)
+    )  # fmt: skip
+    weight = full.permute(1, 0, *range(2, full.ndim))
+    stride = tuple(a * b for a, b in zip(inner.stride, outer.stride, strict=True))
+    padding = tuple(
+        p + a * s for p, s, a in zip(padded(inner), inner.stride, padded(outer), strict=True)
+    )
+    return inner.replace(
+        weight=weight, bias=bias, stride=stride, padding=padding, dilation=dilation
+    )
+
+
+def _steps(outer: ops.Conv, inner: ops.Conv) -> tuple[tuple[Any, ...], ...]:
+    """How far apart the taps of the merged kernel are, and in these units those of the inner and
+    of the outer one."""
+    ones = (1,) * outer.rank
+    reach = tuple(d * s for d, s in zip(outer.dilation, inner.stride, strict=True))
+    if _pointwise(inner):
+        return reach, ones, ones
+    if _pointwise(outer) or inner.dilation == reach:
+        return inner.dilation, ones, ones
+    return ones, inner.dilation, reach
+
+
+def _swapped(conv: ops.Conv) -> Value:
+    """The weight with input channels in front, as a transposed convolution has it:
+    `[I, O / groups, *kernel]` from `[O, I / groups, *kernel]`."""
+    groups, per = conv.groups, conv.weight.shape[1]
+    rows = conv.out_channels // groups
+    blocks = conv.weight.reshape(groups, rows, per, *conv.kernel)
+    swapped = blocks.permute(0, 2, 1, *range(3, blocks.ndim))
+    return swapped.reshape(groups * per, rows, *conv.kernel)
+
+
+# -- add ----------------------------------------------------------------------------------------
+
+
+def add_maps(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> ops.Conv:
+    """The map whose output is the sum of two, which must see the same windows of the same input.
+
+    Windows are the same if they have the same middle, `padding - dilation (kernel - 1) / 2`, and
+    move by the same stride; the smaller kernel then becomes the middle of the larger one.
+    """
+    _plain(rw, left, right)
+    rw.require(
+        left.stride == right.stride,
+        f"{describe(left.out)} and {describe(right.out)} move by different strides",
+    )
+    rw.require(
+        _middle(left) == _middle(right),
+        f"the windows of {describe(left.out)} and {describe(right.out)} are not aligned",
+    )
+    left, right = same_groups(rw, left, right)
+    left, right = _same_dilation(rw, left, right)
+    padding = tuple(a if a >= b else b for a, b in zip(padded(left), padded(right), strict=True))
+    weight = plus(_grown(rw, left, padding), _grown(rw, right, padding))
+    bias = plus(left.bias, right.bias)
+    return left.replace(weight=weight, bias=bias, padding=padding)
+
+
+def _middle(conv: ops.Conv) -> tuple[Any, ...]:
+    return tuple(
+        2 * p - d * (k - 1)
+        for p, d, k in zip(padded(conv), conv.dilation, conv.kernel, strict=True)
+    )
+
+
+def _grown(rw: Rewriter, conv: ops.Conv, padding: tuple[Any, ...]) -> Value:
+    """The weight with zero taps around it, as many as the padding grows."""
+    amounts: list[Any] = []
+    for had, has, step in zip(padded(conv), padding, conv.dilation, strict=True):
+        count = (has - had) // step
+        rw.require(count * step == has - had, f"{describe(conv.out)} falls between the taps")
+        amounts = [count, count, *amounts]
+    if all(type(count) is int and count == 0 for count in amounts):
+        return conv.weight
+    return rw.emit(ops.Pad(conv.weight, tuple(amounts)))
+
+
+def _same_dilation(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> tuple[ops.Conv, ops.Conv]:
+    if left.dilation == right.dilation:
+        return left, right
+    if _pointwise(left):
+        return left.replace(dilation=right.dilation), right
+    if _pointwise(right):
+        return left, right.replace(dilation=left.dilation)
+    return undilated(rw, left), undilated(rw, right)
+
+
+def undilated(rw: Rewriter, conv: ops.Conv) -> ops.Conv:
+    """The same map with zeros for the taps between: every kernel a transposed convolution by 1."""
+    weight, per, ones, none = conv.weight, conv.weight.shape[1], (1,) * conv.rank, (0,) * conv.rank
+    one = rw.emit(ops.Full((per, 1, *ones), 1.0, weight.dtype, weight.meta.device))
+    spread = ops.Conv(weight, one, None, conv.dilation, none, ones, per, True, none)
+    return conv.replace(weight=rw.emit(spread), dilation=ones)
+
+
+# -- both ---------------------------------------------------------------------------------------
+
+
+def same_groups(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> tuple[ops.Conv, ops.Conv]:
+    """Maps with as many groups as each other; one with a single group makes the other one dense."""
+    if left.groups == right.groups:
+        return left, right
+    if left.groups == 1:
+        return left, dense(rw, right)
+    rw.require(
+        right.groups == 1, f"{describe(left.out)} and {describe(right.out)} differ in their groups"
+    )
+    return dense(rw, left), right
+
+
+def dense(rw: Rewriter, conv: ops.Conv) -> ops.Conv:
+    """The same map with one group: blocks on the diagonal, zeros elsewhere."""
+    groups, weight, ones = conv.groups, conv.weight, (1,) * conv.rank
+    per, rows = weight.shape[1], conv.out_channels // groups
+    eye = rw.emit(ops.Eye(groups, groups, weight.dtype, weight.meta.device))
+    blocks = weight.reshape(groups, rows, 1, per, *conv.kernel)
+    blocks = blocks * eye.reshape(groups, 1, groups, 1, *ones)
+    whole = blocks.reshape(groups * rows, groups * per, *conv.kernel)
+    return conv.replace(weight=whole, groups=1)
+
+
+def negative(conv: ops.Conv) -> ops.Conv:
+    bias = None if conv.bias is None else -conv.bias
+    return conv.replace(weight=-conv.weight, bias=bias)
+
+
+def _plain(rw: Rewriter, *maps: ops.Conv) -> None:
+    for one in maps:
+        rw.require(not one.transposed, f"{describe(one.out)} is transposed")
+        rw.require(
+            not isinstance(one.padding, str),
+            f"{describe(one.out)} pads its two sides differently",
+        )
+    left, right = maps
+    rw.require(
+        left.rank == right.rank and left.input.ndim == right.input.ndim,
+        f"{describe(left.out)} and {describe(right.out)} are of different ranks",
+    )
+
+
+def _pointwise(conv: ops.Conv) -> bool:
+    return all(size == 1 for size in conv.kernel)
+
+
+def padded(conv: ops.Conv) -> tuple[int, ...]:
+    """The padding of a map that has been found to pad both sides alike."""
+    assert isinstance(conv.padding, tuple)
+    return conv.padding
