@@ -6,6 +6,7 @@ difference; a rule without a precondition that it needs is a false one.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from typing import Any
@@ -19,7 +20,8 @@ from graphopt.ir.contracts import Exact
 from graphopt.ir.ops import widen
 from graphopt.ir.value import Value
 from graphopt.passes.base import available
-from graphopt.verify.proof import Proof, proof_of, prove
+from graphopt.verify.proof import Proof, prove
+from graphopt.verify.proof.cache import SHIPPED, key
 
 REWRITES = [
     pytest.param(one, id=f"{name}:{one.name}")
@@ -53,8 +55,10 @@ def test_every_rewrite_is_proved_or_says_why_not(one):
     if one.unproved:
         assert isinstance(one.contract, Exact), "only bitwise comparison replaces a proof"
         return
-    found = proof_of(one, depth=1)
+    found = prove(one, depth=1, seconds=600.0)
     assert found.proved and found.depth == 1 and found.cases > 0, str(found)
+    kept = json.loads(SHIPPED.read_text()).get(key(one, 1), {})
+    assert kept.get("proved"), "sources have changed; run `python -m graphopt.verify.proof`"
 
 
 # -- false rules (reference/rewriting.md section 3) ----------------------------------------------

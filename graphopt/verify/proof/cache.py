@@ -1,4 +1,5 @@
-"""Proofs kept between runs, under the sources they depend on: `~/.cache/graphopt/proofs.json`."""
+"""Proofs kept under the sources they depend on: those of our rewrites in `proofs.json` beside this
+file (written by `python -m graphopt.verify.proof`), others in `~/.cache/graphopt/proofs.json`."""
 
 from __future__ import annotations
 
@@ -15,27 +16,34 @@ from typing import Any
 from graphopt.ir.rewrite import Rewrite
 from graphopt.verify.proof.prove import Proof, prove
 
+SHIPPED = Path(__file__).parent / "proofs.json"
 
-def proof_of(rewrite: Rewrite, depth: int = 1, seconds: float = 300.0) -> Proof:
-    """The proof of a rewrite, from the cache if nothing it depends on has changed since."""
+
+def proof_of(rewrite: Rewrite, depth: int = 1, seconds: float = 600.0) -> Proof:
+    """The proof of a rewrite, a known one if nothing it depends on has changed since."""
     path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graphopt/proofs.json"
-    source = _source(rewrite)
-    if not source:
-        return prove(rewrite, depth=depth, seconds=seconds)
-    known = _read(path)
-    key = hashlib.sha256(f"{_prover()} {depth} {rewrite.name} {source}".encode()).hexdigest()
-    if key in known:
-        fields = known[key]
-        return Proof(**{**fields, "conditions": tuple(fields["conditions"])})
+    name = key(rewrite, depth)
+    for known in (_read(SHIPPED), _read(path)) if name else ():
+        if name in known:
+            fields = known[name]
+            return Proof(**{**fields, "conditions": tuple(fields["conditions"])})
     proof = prove(rewrite, depth=depth, seconds=seconds)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({**_read(path), key: dataclasses.asdict(proof)}))
-        part.replace(path)
-    except OSError:
-        pass  # nowhere to keep it: proved again next time
+    if name:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps({**_read(path), name: dataclasses.asdict(proof)}))
+            part.replace(path)
+        except OSError:
+            pass  # nowhere to keep it: proved again next time
     return proof
+
+
+def key(rewrite: Rewrite, depth: int) -> str:
+    """What a proof is kept under; empty where the source of the rewrite is not known."""
+    source = _source(rewrite)
+    text = f"{_prover()} {depth} {rewrite.name} {source}"
+    return hashlib.sha256(text.encode()).hexdigest() if source else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -61,5 +69,5 @@ def _source(rewrite: Rewrite) -> str:
 def _prover() -> str:
     """A hash of everything a proof rests on: this folder and `graphopt.ir`."""
     here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), *here.parents[1].joinpath("ir").rglob("*.py")])
+    files = sorted([*here.rglob("*.py"), *here.parents[1].joinpath("ir").rglob("*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
