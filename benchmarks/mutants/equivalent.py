@@ -75,6 +75,11 @@ EQUIVALENT = {
      "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
     ("add_negative_branch: _meeting", "i + j and a == b  ->  i + j or a == b"):
         "a - b = a + (-b) whatever else they read; it only fires more often",
+    ("merge_branches", "not alone  ->  alone"): "what goes away only enters the estimate of costs",
+    ("_grown", "type(count) is int  ->  type(count) is not int"): "emits a padding by no zeros",
+    ("margins", "before  ->  after"): "the two are equal where the sizes are used",
+    ("margins", "pad.input.ndim - 2  ->  2 - pad.input.ndim"): f"no frame is found: {_FEWER}",
+    ("margins", "pad.input  ->  pad.out"): "padding keeps the number of axes, all it is for",
     ("_through_pool", "pool.input  ->  pool.out"): "a pool keeps the number of axes, all it is for",
     ("_through_pad", "pad.mode != 'constant' or (by.shift is None and (pad.value is None or "
      "pad.value == 0))  ->  pad.mode != 'constant' and (by.shift is None and (pad.value is None or "

@@ -81,6 +81,10 @@ NETWORKS = {
         conv(dilation=2), nn.Conv2d(4, 4, 2); conv(), up(); up(), conv(); conv(), nn.ReLU(), conv()
         nn.Conv2d(4, 4, 1, bias=False, padding=1), conv(padding=1)
         nn.Conv2d(4, 4, 1, bias=False, stride=2), conv(padding=1)""",
+    "merge_padding": """nn.ZeroPad2d(1), conv(); nn.ZeroPad2d((2, 2, 1, 1)), conv(padding=1)
+        nn.ZeroPad2d((1, 0, 1, 0)), conv(); nn.ReflectionPad2d(1), conv(); nn.ZeroPad2d(1), up()
+        nn.ConstantPad2d(1, 0.5), conv(); nn.ZeroPad2d((1, 1, 0, 0)), conv(padding=(0, 1))
+        nn.ZeroPad2d((-1, -1, 1, 1)), conv(padding=2)""",
     "merge_linears": """nn.Linear(6, 5), nn.Linear(5, 3); nn.Linear(6, 5, False), nn.Linear(5, 3)
         nn.Linear(6, 5), nn.Linear(5, 3, False); nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)""",
 }  # fmt: skip

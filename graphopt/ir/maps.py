@@ -26,6 +26,8 @@ def source(value: Value) -> Value | None:
         return op.input if op.channel_axis == 1 and not op.transposed else None
     if isinstance(op, ops.BatchNorm):
         return None if op.uses_batch_statistics else op.input
+    if isinstance(op, ops.Pad):
+        return None if margins(op) is None else op.input
     return op.input if isinstance(op, ops.AvgPool) else None
 
 
@@ -38,6 +40,8 @@ def as_map(rw: Rewriter, value: Value, start: Value, like: ops.Conv) -> ops.Conv
         return op if op.input == start else compose_maps(rw, op, as_map(rw, op.input, start, like))
     if isinstance(op, ops.AvgPool):
         return compose_maps(rw, average(rw, op, like), as_map(rw, op.input, start, like))
+    if isinstance(op, ops.Pad):
+        return _framed(rw, op, as_map(rw, op.input, start, like))
     assert isinstance(op, ops.BatchNorm)
     scale, shift = op.scale_and_shift()
     inner = as_map(rw, op.input, start, like)
@@ -72,6 +76,32 @@ def average(rw: Rewriter, pool: ops.AvgPool, like: ops.Conv) -> ops.Conv:
     return one.replace(weight=weight, stride=tuple(stride), padding=tuple(padding))
 
 
+def margins(pad: ops.Pad) -> tuple[int, ...] | None:
+    """The zeros put on both sides of each spatial axis, behind samples and channels; None if a side
+    gets more, or anything else."""
+    if pad.mode != "constant" or pad.value:
+        return None
+    before, after = pad.pad[::2], pad.pad[1::2]
+    rank = pad.input.ndim - 2
+    if len(before) > rank or before != after or any(size < 0 for size in before):
+        return None
+    return (0,) * (rank - len(before)) + before[::-1]
+
+
+def _framed(rw: Rewriter, pad: ops.Pad, inner: ops.Conv) -> ops.Conv:
+    """A map of one pixel at a time, its output in a frame of zeros: it makes that of padded zeros."""
+    sizes = margins(pad)
+    rw.require(
+        sizes is not None and len(sizes) == inner.rank, f"{describe(pad.out)} pads otherwise"
+    )
+    assert sizes is not None
+    rw.require(
+        _pointwise(inner) and not any(padded(inner)) and inner.bias is None,
+        f"{describe(pad.out)} pads with zeros what is none where its input is",
+    )
+    return inner.replace(padding=tuple(a * s for a, s in zip(sizes, inner.stride, strict=True)))
+
+
 # -- compose ------------------------------------------------------------------------------------
 
 
@@ -85,12 +115,12 @@ def compose_maps(rw: Rewriter, outer: ops.Conv, inner: ops.Conv) -> ops.Conv:
     if any(padded(outer)):
         rw.require(
             _pointwise(inner) and not any(padded(inner)),
-            f"{describe(outer.out)} pads what {describe(inner.out)} computes from more than one "
+            f"{_named(outer)} pads what {_named(inner)} computes from more than one "
             "pixel, so that its border sees zeros where the merged one would see pixels",
         )
         rw.require(
             inner.bias is None,
-            f"{describe(outer.out)} pads with zeros where {describe(inner.out)} adds its bias",
+            f"{_named(outer)} pads with zeros where {_named(inner)} adds its bias",
         )
     dilation, into, onto = _steps(outer, inner)
     outer, inner = same_groups(rw, outer, inner)
@@ -150,11 +180,11 @@ def add_maps(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> ops.Conv:
     _plain(rw, left, right)
     rw.require(
         left.stride == right.stride,
-        f"{describe(left.out)} and {describe(right.out)} move by different strides",
+        f"{_named(left)} and {_named(right)} move by different strides",
     )
     rw.require(
         _middle(left) == _middle(right),
-        f"the windows of {describe(left.out)} and {describe(right.out)} are not aligned",
+        f"the windows of {_named(left)} and {_named(right)} are not aligned",
     )
     left, right = same_groups(rw, left, right)
     left, right = _same_dilation(rw, left, right)
@@ -176,7 +206,7 @@ def _grown(rw: Rewriter, conv: ops.Conv, padding: tuple[Any, ...]) -> Value:
     amounts: list[Any] = []
     for had, has, step in zip(padded(conv), padding, conv.dilation, strict=True):
         count = (has - had) // step
-        rw.require(count * step == has - had, f"{describe(conv.out)} falls between the taps")
+        rw.require(count * step == has - had, f"{_named(conv)} falls between the taps")
         amounts = [count, count, *amounts]
     if all(type(count) is int and count == 0 for count in amounts):
         return conv.weight
@@ -210,9 +240,7 @@ def same_groups(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> tuple[ops.Conv
         return left, right
     if left.groups == 1:
         return left, dense(rw, right)
-    rw.require(
-        right.groups == 1, f"{describe(left.out)} and {describe(right.out)} differ in their groups"
-    )
+    rw.require(right.groups == 1, f"{_named(left)} and {_named(right)} differ in their groups")
     return dense(rw, left), right
 
 
@@ -234,16 +262,20 @@ def negative(conv: ops.Conv) -> ops.Conv:
 
 def _plain(rw: Rewriter, *maps: ops.Conv) -> None:
     for one in maps:
-        rw.require(not one.transposed, f"{describe(one.out)} is transposed")
+        rw.require(not one.transposed, f"{_named(one)} is transposed")
         rw.require(
             not isinstance(one.padding, str),
-            f"{describe(one.out)} pads its two sides differently",
+            f"{_named(one)} pads its two sides differently",
         )
     left, right = maps
     rw.require(
         left.rank == right.rank and left.input.ndim == right.input.ndim,
-        f"{describe(left.out)} and {describe(right.out)} are of different ranks",
+        f"{_named(left)} and {_named(right)} are of different ranks",
     )
+
+
+def _named(conv: ops.Conv) -> str:
+    return "a branch" if conv.out is None else describe(conv.out)
 
 
 def _pointwise(conv: ops.Conv) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from graphopt.ir import ops
-from graphopt.ir.maps import add_maps, as_map, compose_maps, source
+from graphopt.ir.maps import add_maps, as_map, compose_maps, margins, padded, source
 from graphopt.ir.ops import plus, widen
 from graphopt.ir.rewrite import Rewriter, describe, rewrite
 from graphopt.ir.value import Value
@@ -60,7 +60,7 @@ def add_negative_branch(op: ops.Sub, rw: Rewriter) -> Value:
     rw.match(isinstance(op.left, Value) and isinstance(op.right, Value))
     assert isinstance(op.left, Value) and isinstance(op.right, Value)
     last = op.right.op
-    rw.match(source(op.right) is not None and not isinstance(last, ops.AvgPool))
+    rw.match(isinstance(last, (ops.Conv, ops.BatchNorm)) and source(op.right) is not None)
     rw.match(sum(_meeting(branch(op.left), branch(op.right))))
     rw.require(
         rw.only_user(op.right, op), f"the output of {describe(op.right)} is used elsewhere too"
@@ -102,6 +102,18 @@ def merge_convolutions(outer: ops.Conv, rw: Rewriter) -> Value:
 
 
 @rewrite
+def merge_padding(conv: ops.Conv, rw: Rewriter) -> Value:
+    """A convolution of an image in a frame of zeros pads it itself."""
+    pad = rw.producer(conv.input, ops.Pad)
+    sizes = margins(pad)
+    rw.match(sizes is not None and not conv.transposed and conv.channel_axis == 1)
+    assert sizes is not None
+    rw.require(isinstance(conv.padding, tuple), "it pads its two sides differently")
+    total = tuple(a + b for a, b in zip(padded(conv), sizes, strict=True))
+    return rw.emit_like(conv, input=pad.input, padding=total)
+
+
+@rewrite
 def merge_linears(outer: ops.Linear, rw: Rewriter) -> Value:
     """A linear map of a linear map is one linear map."""
     inner = rw.producer(outer.input, ops.Linear)
@@ -133,4 +145,4 @@ class MergeSequences(RewritePass):
     """Convolutions and linear maps that follow each other become one."""
 
     name = "merge-sequences"
-    rewrites = (merge_convolutions, merge_linears)
+    rewrites = (merge_convolutions, merge_padding, merge_linears)

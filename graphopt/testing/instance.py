@@ -17,7 +17,8 @@ from torch import nn
 from graphopt.ir.value import Value
 from graphopt.verify.proof.algebra import sym
 from graphopt.verify.proof.pattern import Infeasible, find, inputs
-from graphopt.verify.proof.symbols import Flag, Real, Size, Symbols
+from graphopt.verify.proof.sizes import Flag, Real, Size
+from graphopt.verify.proof.symbols import Symbols
 
 Draw = Callable[[str], Any]
 

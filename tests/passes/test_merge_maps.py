@@ -147,6 +147,11 @@ SUMS = {
     "normed average pool": lambda g: total(conv(groups=g), seq(nn.AvgPool2d(3, 1, 1), norm())),
     "1x1 before kxk": lambda g: total(conv(5, groups=g),
                                       seq(conv(1, groups=g, bias=False), conv(groups=g))),
+    "DBB": lambda g: total(
+        seq(conv(groups=g, bias=False), norm()), seq(conv(1, groups=g, bias=False), norm()),
+        seq(conv(1, groups=g, bias=False), nn.ZeroPad2d(1), norm(),
+            conv(padding=0, groups=g, bias=False), norm()),
+        seq(conv(1, groups=g, bias=False), nn.ZeroPad2d(1), norm(), nn.AvgPool2d(3, 1), norm())),
     "norm of the sum": lambda g: seq(total(conv(groups=g), conv(1, groups=g), IDENTITY()), norm()),
     "nested": lambda g: total(seq(total(conv(groups=g), IDENTITY()), norm()), norm(), conv(1)),
     "difference": lambda g: Net(lambda net, x: net.a(x) - net.b(net.c(x)),
@@ -219,6 +224,15 @@ def test_branches_of_different_inputs_stay_apart(model):
     stays(model)
 
 
+@pytest.mark.parametrize(("first", "second"), [
+    (conv(), nn.AvgPool2d(3, 1, 1)),
+    (conv(padding=2), seq(conv(1, bias=False), nn.ZeroPad2d(1))),
+], ids=["pool", "frame"])  # fmt: skip
+def test_what_has_no_weight_to_negate_is_subtracted_as_it_is(first, second):
+    net = prepare(Net(lambda net, x: net.a(x) - net.b(x), a=first, b=second))
+    assert "sub" in calls(optimized(net, "deploy"))
+
+
 def test_a_norm_in_training_mode_is_no_branch():
     model = total(conv(), norm())
     prepare(model)
@@ -243,6 +257,8 @@ CHAINS = {
     "depthwise, pointwise": seq(conv(groups=4), conv(1, out=6)),
     "pointwise, depthwise": seq(conv(1, bias=False), conv(groups=4)),
     "three": seq(conv(1, out=6), conv(into=6, padding=0, bias=False), conv(1, out=3)),
+    "frame of zeros, kxk": seq(nn.ZeroPad2d((2, 2, 1, 1)), conv()),
+    "1x1, frame of zeros, kxk": seq(conv(1, bias=False), nn.ZeroPad2d(1), conv(padding=0)),
     "with norms": seq(conv(bias=False), norm(), conv(1, bias=False), norm()),
 }
 
@@ -265,8 +281,14 @@ def test_linear_maps_that_follow_each_other_are_one():
     (seq(conv(), nn.ReLU(), conv(1)), ""),
     (seq(conv(groups=2, out=6, into=4), conv(1, groups=3, into=6, out=6)), "differ in their groups"),
     (Net(lambda net, x: net.b(a := net.a(x)) + a.relu(), a=conv(), b=conv(1)), "used elsewhere"),
+    (seq(conv(1), nn.ZeroPad2d(1), conv(padding=0)), "pads with zeros where"),
+    (seq(conv(1, bias=False), nn.ZeroPad2d((1, 0, 0, 1)), conv(padding=0)), ""),
+    (seq(conv(1, bias=False), nn.ReflectionPad2d(1), conv(padding=0)), ""),
+    (seq(conv(1, bias=False), nn.ConstantPad2d(1, 0.5), conv(padding=0)), ""),
+    (seq(conv(1, bias=False), nn.ZeroPad2d(-1), conv(padding=0)), ""),
 ], ids=["bias before padding", "kxk before padding", "padding twice", "transposed", "relu", "groups",
-        "used elsewhere"])  # fmt: skip
+        "used elsewhere", "bias before a frame", "one-sided frame", "reflection", "frame of 0.5",
+        "cropped"])  # fmt: skip
 def test_convolutions_stay_apart_where_they_must(model, because):
     stays(model, because=because)
 

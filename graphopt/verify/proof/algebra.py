@@ -269,6 +269,8 @@ class Space(Indices):
                     return [again(one)]
                 if self.nonnegative(-1 - one.at) or self.nonnegative(one.at - one.size):
                     return None
+                if any(self._implied(one, other) for other in factors):
+                    return [again(one)]
                 if one.size == 1:
                     return [again(one, (Delta(one.at), sp.Integer(1)))]
                 if (smaller := self._inside(one)) is not None:
@@ -405,6 +407,13 @@ class Space(Indices):
             count = self.divmod(one.size - 1, step)[0] + 1
             return Inside(expand(one.at / step), expand(count))
         return None
+
+    def _implied(self, one: Inside, other: Factor) -> bool:
+        """[0 <= e + c < n + more] is 1 where [0 <= e < n] is, for 0 <= c <= more."""
+        if other is one or not isinstance(other, Inside):
+            return False
+        c = expand(one.at - other.at)
+        return self.nonnegative(c) and self.nonnegative(one.size - other.size - c)
 
     def _part(self, one: Inside, bound: list[Symbol]) -> tuple[Symbol, Symbol, Any] | None:
         """A sum over v that [0 <= v + c < size] cuts down is a sum over w = v + c < size, if all

@@ -21,10 +21,11 @@ from typing import Any
 from graphopt.ir.rewrite import Declined, Rewrite, rewrite as as_rewrite
 from graphopt.ir.value import Value
 from graphopt.verify.proof.algebra import sym
+from graphopt.verify.proof.choices import Choices, RandomChoices
 from graphopt.verify.proof.general import candidates
 from graphopt.verify.proof.notation import ShapeError
 from graphopt.verify.proof.pattern import Gap, Infeasible, find
-from graphopt.verify.proof.symbols import Choices, RandomChoices, Symbols
+from graphopt.verify.proof.symbols import Symbols
 
 
 @dataclasses.dataclass(frozen=True)
