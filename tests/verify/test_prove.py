@@ -58,7 +58,7 @@ def test_every_rewrite_is_proved_or_says_why_not(one):
     found = prove(one, depth=1, seconds=600.0)
     assert found.proved and found.depth == 1 and found.cases > 0, str(found)
     kept = json.loads(SHIPPED.read_text()).get(key(one, 1), {})
-    assert kept.get("proved"), "sources have changed; run `python -m graphopt.verify.proof`"
+    assert kept.get("proved"), "sources have changed; run `python -m benchmarks.proofs`"
 
 
 # -- false rules (reference/rewriting.md section 3) ----------------------------------------------

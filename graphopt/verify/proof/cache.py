@@ -1,5 +1,5 @@
 """Proofs kept under the sources they depend on: those of our rewrites in `proofs.json` beside this
-file (written by `python -m graphopt.verify.proof`), others in `~/.cache/graphopt/proofs.json`."""
+file (written by `python -m benchmarks.proofs`), others in `~/.cache/graphopt/proofs.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m graphopt.verify.proof`: prove every rewrite of ours anew and keep the proofs."""
+"""Prove every rewrite of ours anew and keep the proofs: `python -m benchmarks.proofs`."""
 
 from __future__ import annotations
 
