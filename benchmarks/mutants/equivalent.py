@@ -76,6 +76,12 @@ EQUIVALENT = {
     ("add_negative_branch: _meeting", "i + j and a == b  ->  i + j or a == b"):
         "a - b = a + (-b) whatever else they read; it only fires more often",
     ("merge_branches", "not alone  ->  alone"): "what goes away only enters the estimate of costs",
+    ("merge_branches", "if not alone or value.op is None: break  ->  if False: break"):
+        "what goes away only enters the estimate of costs",
+    ("add_negative_branch: _meeting", "return next(pairs, (0, 0))  ->  return next(pairs, (1, 0))"):
+        "a - b = a + (-b) whatever else they read; it only fires more often",
+    ("add_negative_branch: margins", "pad.input.ndim - 2  ->  pad.input.ndim"):
+        "a - b = a + (-b) whatever else they read; it only fires more often",
     ("_grown", "type(count) is int  ->  type(count) is not int"): "emits a padding by no zeros",
     ("margins", "before  ->  after"): "the two are equal where the sizes are used",
     ("margins", "pad.input.ndim - 2  ->  2 - pad.input.ndim"): f"no frame is found: {_FEWER}",

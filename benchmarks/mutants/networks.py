@@ -61,8 +61,10 @@ NETWORKS = {
         norm(), mean(0), conv()""",
     "fold_scale_shift": """c(x) * s.reshape(4, 1, 1); c(x) - s.reshape(4, 1, 1); c(x) * s
         c(x) / s.reshape(4, 1, 1); s.reshape(4, 1, 1) - c(x); s.reshape(4, 1, 1) + c(x)
-        s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()""",
-    "merge_branches": """add(conv(padding=1), nn.Conv2d(4, 4, 1)); add(conv(padding=1), norm())
+        s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()
+        torch.addmm(s, x.reshape(-1, 6), c.weight.flatten()[:24].reshape(6, 4), alpha=2) * s""",
+    "merge_branches": """add(conv(padding=1), scale()); add(conv(padding=1), norm())
+        add(conv(padding=1), nn.Conv2d(4, 4, 1))
         add(nn.Identity(), conv(padding=1, groups=2)); add(conv(padding=1), nn.ReLU())
         add(conv(padding=2, dilation=2), conv(padding=1)); add(conv(padding=1, groups=2), norm())
         add(conv(padding=1, groups=2), conv(padding=1)); add(conv(padding=1), nn.AvgPool2d(3, 1, 1))
@@ -84,7 +86,8 @@ NETWORKS = {
     "merge_padding": """nn.ZeroPad2d(1), conv(); nn.ZeroPad2d((2, 2, 1, 1)), conv(padding=1)
         nn.ZeroPad2d((1, 0, 1, 0)), conv(); nn.ReflectionPad2d(1), conv(); nn.ZeroPad2d(1), up()
         nn.ConstantPad2d(1, 0.5), conv(); nn.ZeroPad2d((1, 1, 0, 0)), conv(padding=(0, 1))
-        nn.ZeroPad2d((-1, -1, 1, 1)), conv(padding=2)""",
+        nn.ZeroPad2d((-1, -1, 1, 1)), conv(padding=2)
+        nn.ConstantPad3d(1, 0.0), nn.Conv2d(6, 4, 3)""",
     "merge_linears": """nn.Linear(6, 5), nn.Linear(5, 3); nn.Linear(6, 5, False), nn.Linear(5, 3)
         nn.Linear(6, 5), nn.Linear(5, 3, False); nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)""",
 }  # fmt: skip
@@ -99,6 +102,7 @@ class Net(torch.nn.Module):
         self.c, self.s = nn.Conv2d(4, 4, 3), nn.Parameter(torch.tensor([0.5, -2.0, 1.5, 3.0]))
         scope = {
             "nn": nn, "F": nn.functional, "torch": torch, "norm": _norm,
+            "scale": lambda: _norm(shift=False),
             "norm3": functools.partial(_norm, kind=nn.BatchNorm3d),
             "conv": functools.partial(nn.Conv2d, 4, 4, 3),
             "up": functools.partial(nn.ConvTranspose2d, 4, 4, 3),
@@ -140,8 +144,12 @@ class Total(torch.nn.Module):
         return first
 
 
-def _norm(affine: bool = True, kind: Any = torch.nn.BatchNorm2d) -> torch.nn.Module:
+def _norm(
+    affine: bool = True, kind: Any = torch.nn.BatchNorm2d, shift: bool = True
+) -> torch.nn.Module:
     norm: torch.nn.Module = kind(4, eps=0.1, affine=affine)
+    if not shift:
+        norm.bias = None
     for one in (*norm.parameters(), norm.running_mean, norm.running_var):
         one.data.uniform_(0.5, 2.0)  # type: ignore[union-attr]
     return norm
