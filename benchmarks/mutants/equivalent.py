@@ -80,6 +80,8 @@ EQUIVALENT = {
         "what goes away only enters the estimate of costs",
     ("add_negative_branch: _meeting", "return next(pairs, (0, 0))  ->  return next(pairs, (1, 0))"):
         "a - b = a + (-b) whatever else they read; it only fires more often",
+    ("add_negative_branch: _meeting", "(i, j)  ->  (j, i)"): "only whether they meet is asked",
+    ("merge_branches", "i + j  ->  i"): f"an identity in front is no branch any more: {_FEWER}",
     ("add_negative_branch: margins", "pad.input.ndim - 2  ->  pad.input.ndim"):
         "a - b = a + (-b) whatever else they read; it only fires more often",
     ("_grown", "type(count) is int  ->  type(count) is not int"): "emits a padding by no zeros",

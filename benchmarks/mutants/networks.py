@@ -62,7 +62,7 @@ NETWORKS = {
     "fold_scale_shift": """c(x) * s.reshape(4, 1, 1); c(x) - s.reshape(4, 1, 1); c(x) * s
         c(x) / s.reshape(4, 1, 1); s.reshape(4, 1, 1) - c(x); s.reshape(4, 1, 1) + c(x)
         s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()
-        torch.addmm(s, x.reshape(-1, 6), c.weight.flatten()[:24].reshape(6, 4), alpha=2) * s""",
+        torch.addmm(s, x.reshape(-1, 6), c.weight.flatten()[:24].reshape(6, 4), beta=2) + s""",
     "merge_branches": """add(conv(padding=1), scale()); add(conv(padding=1), norm())
         add(conv(padding=1), nn.Conv2d(4, 4, 1))
         add(nn.Identity(), conv(padding=1, groups=2)); add(conv(padding=1), nn.ReLU())
