@@ -28,7 +28,10 @@ def source(value: Value) -> Value | None:
         return None if op.uses_batch_statistics else op.input
     if isinstance(op, ops.Pad):
         return None if margins(op) is None else op.input
-    return op.input if isinstance(op, ops.AvgPool) else None
+    if isinstance(op, ops.AvgPool):
+        padding = op.padding if isinstance(op.padding, tuple) else (op.padding,)
+        return op.input if _static(*op.kernel_size, *op.stride, *padding) else None
+    return None
 
 
 def as_map(rw: Rewriter, value: Value, start: Value, like: ops.Conv) -> ops.Conv:
@@ -78,8 +81,8 @@ def average(rw: Rewriter, pool: ops.AvgPool, like: ops.Conv) -> ops.Conv:
 
 def margins(pad: ops.Pad) -> tuple[int, ...] | None:
     """The zeros put on both sides of each spatial axis, behind samples and channels; None if a side
-    gets more, or anything else."""
-    if pad.mode != "constant" or pad.value:
+    gets more, or anything else, or as many as a dynamic size says."""
+    if pad.mode != "constant" or pad.value or not _static(*pad.pad):
         return None
     before, after = pad.pad[::2], pad.pad[1::2]
     rank = pad.input.ndim - 2
@@ -255,11 +258,6 @@ def dense(rw: Rewriter, conv: ops.Conv) -> ops.Conv:
     return conv.replace(weight=whole, groups=1)
 
 
-def negative(conv: ops.Conv) -> ops.Conv:
-    bias = None if conv.bias is None else -conv.bias
-    return conv.replace(weight=-conv.weight, bias=bias)
-
-
 def _plain(rw: Rewriter, *maps: ops.Conv) -> None:
     for one in maps:
         rw.require(not one.transposed, f"{_named(one)} is transposed")
@@ -276,6 +274,11 @@ def _plain(rw: Rewriter, *maps: ops.Conv) -> None:
 
 def _named(conv: ops.Conv) -> str:
     return "a branch" if conv.out is None else describe(conv.out)
+
+
+def _static(*sizes: Any) -> bool:
+    """Whether no size is dynamic: comparing one would fix it."""
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _pointwise(conv: ops.Conv) -> bool:

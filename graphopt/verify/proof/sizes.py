@@ -19,13 +19,33 @@ if TYPE_CHECKING:
 
 
 class Symbolic:
-    """What sizes and numbers share: comparisons are questions to the pattern."""
+    """What sizes and numbers share; comparisons are questions to the pattern."""
 
     pattern: Symbols
 
     @property
     def expr(self) -> Any:
         raise NotImplementedError
+
+    def _with(self, expr: Any) -> Any:
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(self.expr + sym(other))
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(self.expr - sym(other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(sym(other) - self.expr)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Any:
+        return self._with(-self.expr)
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        return self._with(self.expr ** sym(other))
 
     def __eq__(self, other: Any) -> bool:
         if not isinstance(other, (int, float)):
@@ -82,27 +102,12 @@ class Size(Symbolic, int):
         q, r = self.pattern.space.divmod(*pair)
         return self._with(q), self._with(r)
 
-    def __add__(self, other: Any) -> Any:
-        return self._with(self.expr + sym(other))
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(self.expr - sym(other))
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(sym(other) - self.expr)
-
     def __mul__(self, other: Any) -> Any:
         if isinstance(other, (tuple, list, str)):
             raise TypeError("a sequence repeated a symbolic number of times")
         return self._with(self.expr * sym(other))
 
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __neg__(self) -> Any:
-        return self._with(-self.expr)
-
-    def __pow__(self, other: Any, mod: Any = None) -> Any:
-        return self._with(self.expr ** sym(other))
+    __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         return self._divided(other)[0]
@@ -148,31 +153,16 @@ class Real(Symbolic, float):
     def _with(self, expr: Any) -> Any:
         return Real(self.pattern, expr) if expr.free_symbols else float(expr)
 
-    def __add__(self, other: Any) -> Any:
-        return self._with(self.expr + sym(other))
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(self.expr - sym(other))
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(sym(other) - self.expr)
-
     def __mul__(self, other: Any) -> Any:
         return self._with(self.expr * sym(other))
 
-    __radd__, __rmul__ = __add__, __mul__
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
         return self._with(self.expr / sym(other))
 
     def __rtruediv__(self, other: Any) -> Any:
         return self._with(sym(other) / self.expr)
-
-    def __neg__(self) -> Any:
-        return self._with(-self.expr)
-
-    def __pow__(self, other: Any, mod: Any = None) -> Any:
-        return self._with(self.expr ** sym(other))
 
     def __abs__(self) -> Any:
         return self if self >= 0 else -self

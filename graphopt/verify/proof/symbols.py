@@ -204,8 +204,9 @@ class Symbols(Pattern):
             if len(parts) < 2 or expand(sp.Mul(*parts) - rest) != 0:
                 continue
             even = self.choose(parts, f"{rest} is even")
-            if not self._solve(expand(even - 2 * sym(self.multiple(even)))):
-                return False
+            solved = self._solve(expand(even - 2 * sym(self.multiple(even))))
+            if not solved:  # None: it may be even, which says nothing more of it
+                return solved
             return self._solve(expand(self.space.resolve(e)))
         return None
 
