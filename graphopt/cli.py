@@ -48,6 +48,10 @@ PASSES = typer.Option(
 TRUST = typer.Option(help="Load a .pt2 file, which can execute code stored in it.")
 LIMIT = typer.Option(help="Apply this many rewrites at most.", min=0)
 VALIDATE = typer.Option(help="Roll back rewrites that fail their check.")
+EXPLAIN = typer.Option(
+    metavar="MODULE",
+    help="Tell what happened to a module, as in layer1.0.conv1, and inside it; may be repeated.",
+)
 
 
 @contextmanager
@@ -62,7 +66,8 @@ def _one_line(source: str) -> Iterator[None]:
     except typer.Exit:  # a RuntimeError
         raise
     except (graphopt.PassError, graphopt.PipelineError, graphopt.ArtifactError, BackendError,
-            graphopt.BisectError, graphopt.VerifyError, SourceError, OSError) as error:  # fmt: skip
+            graphopt.BisectError, graphopt.VerifyError, graphopt.UnknownModule, SourceError,
+            OSError) as error:  # fmt: skip
         _fail(error)
     except (RuntimeError, ValueError, TypeError) as error:
         # The model does not run on these inputs: the first line says what torch found.
@@ -95,6 +100,7 @@ def optimize(
     trust: Annotated[bool, TRUST] = False,
     bisect_limit: Annotated[int | None, LIMIT] = None,
     validate: Annotated[bool, VALIDATE] = True,
+    explain: Annotated[list[str] | None, EXPLAIN] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Optimize a model and print the report."""
@@ -104,6 +110,7 @@ def optimize(
     with Console(stderr=True).status("loading torch") as status, _one_line(source):
         import graphopt
         from graphopt.backends.base import find
+        from graphopt.report.story import modules_of, spellings
 
         pipeline = graphopt.Pipeline(mode if passes is None else passes)
         _check_mode(mode)
@@ -113,6 +120,9 @@ def optimize(
             _fail(f"{output} exists and is not a graphopt artifact; not overwriting it")
         status.update(f"loading {source}")
         model, args, kwargs = _load(source, trust)
+        modules = modules_of(model)
+        for one in explain or ():
+            spellings(one, modules)
         result = graphopt.optimize(
             model, args or None, kwargs or None, mode=mode, passes=pipeline, backend=backend,
             validate=validate, bisect_limit=bisect_limit, progress=status.update,
@@ -120,12 +130,18 @@ def optimize(
         if output is not None:
             status.update(f"saving {output}")
             result.save(output)
+    stories = {one: result.report.explain(one) for one in explain or ()}
     if as_json:
-        typer.echo(json.dumps(result.report.to_dict(), allow_nan=False))
+        data = result.report.to_dict()
+        if stories:
+            data["stories"] = {path: story.to_dict() for path, story in stories.items()}
+        typer.echo(json.dumps(data, allow_nan=False))
     else:
         typer.echo(str(result.report))
         if output is not None:
             typer.echo(f"saved      {output}")
+        for story in stories.values():
+            typer.echo(f"\n{story}")
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -204,8 +203,6 @@ def build(graph: Graph) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.fx.nodes:
         twin = code.node_copy(node, lambda one: mapping[one])
-        if node.op == "call_function":  # number afresh: attempts that failed left gaps
-            twin._rename(re.sub(r"(_\d+)+$", "", node.name))
         twin.meta = {key: node.meta[key] for key in ("where", "made_by") if key in node.meta}
         if (kind := describe_type(node.meta.get("val"))) is not None:
             twin.meta["type"] = kind

@@ -23,7 +23,7 @@ from graphopt.ir.lint import lint
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.regional import optimize_regions
-from graphopt.report import Capture, Report
+from graphopt.report import Capture, Report, listing, modules_of
 from graphopt.verify import SiteValidator, check_model
 from graphopt.verify.model import relative_error
 
@@ -55,7 +55,7 @@ class Options:
         """A report with nothing done yet."""
         return Report(
             type(source).__name__, self.mode, str(self.pipeline), self.backend, capture,
-            bisect_limit=self.bisect_limit,
+            bisect_limit=self.bisect_limit, modules=modules_of(source),
         )  # fmt: skip
 
     def say(self, what: str) -> None:
@@ -202,7 +202,7 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     Returns the rewritten graph, or the graph as captured if the whole model fails its check.
     """
     source = graph.clone()
-    report.before = cost(graph, inputs)
+    report.before, report.ops_before = cost(graph, inputs), listing(graph)
     full, inputs = inputs, _sample(graph, inputs)
     session = Session(
         graph, options.validator(graph, inputs), options.applications,
@@ -226,7 +226,7 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
         ]  # fmt: skip
         report.applied = []
         graph = source
-    report.after = cost(graph, full)
+    report.after, report.ops_after = cost(graph, full), listing(graph)
     for state in graph.states.values():
         state.exact = None
     return graph

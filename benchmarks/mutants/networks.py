@@ -90,6 +90,47 @@ NETWORKS = {
         nn.ConstantPad3d(1, 0.0), nn.Conv2d(6, 4, 3)""",
     "merge_linears": """nn.Linear(6, 5), nn.Linear(5, 3); nn.Linear(6, 5, False), nn.Linear(5, 3)
         nn.Linear(6, 5), nn.Linear(5, 3, False); nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)""",
+    "merge_linear_branches": """add(nn.Linear(6, 6), nn.Linear(6, 6)); add(nn.Linear(6, 6), nn.Identity())
+        add(nn.Linear(6, 6, False), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)))
+        add(nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
+        add(nn.Linear(6, 6), nn.Linear(6, 6, False)); add(nn.Linear(6, 6), nn.ReLU())""",
+    "absorb_number": """c(x) * 2.0; c(x) + 0.5; 0.5 - c(x); c(x) / 4.0; 3.0 - c(x) * 2.0
+        (c(x) + c(-x)) * 0.5; (c(x) - s.reshape(4, 1, 1)) * 0.5; c(x).relu() * 2.0
+        c(x).relu() * -2.0; F.max_pool2d(c(x), 2) * 3.0; torch.cat([c(x), c(-x)], 2) * 0.5
+        c(x).flatten(2) * 2.0; c(x).permute(0, 2, 3, 1) + 1.0; F.pad(c(x), (1, 1)) + 1.0
+        F.pad(c(x), (1, 1)) * 3.0; c(x).mean((2, 3)) + 1.0; F.avg_pool2d(c(x), 2, 1, 1) + 1.0
+        (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
+        F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0""",
+    "absorb_into_linear": """F.linear(x * 2.0, c.weight.reshape(-1, 6))
+        F.linear(x.relu() * 2.0, c.weight.reshape(-1, 6))
+        F.linear((x[..., :4] * s).relu(), s.diag()); F.linear(x[..., :4] + s, s.diag(), s)
+        F.linear(x - 0.5, c.weight.reshape(-1, 6)); F.linear(x[..., :4] / s, s.diag(), s)
+        F.linear((x * 2.0).relu(), c.weight.reshape(-1, 6))
+        F.linear((-2.0 * x).relu(), c.weight.reshape(-1, 6))
+        F.linear(x.permute(0, 2, 3, 1) * s, s.diag())
+        F.linear((x * s.reshape(4, 1, 1)).mean((2, 3)), s.diag())
+        F.linear((x + s.reshape(4, 1, 1)).mean((2, 3)), s.diag()); F.linear(s - x[..., :4], s.diag())""",
+    "absorb_into_conv": """c((x - s.reshape(4, 1, 1)) / 2.0); c(x * s.reshape(4, 1, 1)); c((x * 2.0).relu())
+        F.conv2d(x * 2.0, c.weight, c.bias, padding=1); F.conv2d(x + 1.0, c.weight, padding=1)
+        F.conv2d(x - s.reshape(4, 1, 1), c.weight[:1], padding=1); c(F.max_pool2d(x * 3.0, 3, 1))
+        c(F.max_pool2d(x * -3.0, 3, 1)); c((x + s.reshape(4, 1, 1)).relu()); c(F.pad(x * 2.0, (1, 1)))
+        F.conv_transpose2d(x + 1.0, c.weight[:, :, :1]); c(F.avg_pool2d(x + 1.0, 2, 1))
+        F.conv2d(x * s.reshape(4, 1, 1), c.weight[:, :2], groups=2); c((x * s.reshape(4, 1, 1)).relu())""",
+    "drop_key_bias": """attend(); attend(heads=2); attend(turned=True); attend(bias=False)
+        attend(heads=2, scaled=True)""",
+    "move_value_bias": """attend(); attend(heads=2); attend(turned=True); attend(masked=True)
+        attend(bias=False); attend(heads=2, out=False); attend(causal=True)""",
+    "stack_concatenated": """cat(conv(), conv()); cat(conv(), conv(bias=False), nn.Conv2d(4, 2, 3))
+        cat(conv(padding=1), nn.Identity(), conv(padding=1))
+        cat(conv(padding=1), conv(padding=1, groups=2))
+        cat(conv(padding=1), conv(padding=1), nn.ReLU()); cat(conv(stride=2, padding=1), nn.Conv2d(4, 4, 2, 2))
+        cat(nn.Linear(6, 6), nn.Linear(6, 6)); torch.cat([c(x), c(-x)], 1); torch.cat([c(x), c(x + 1)], 2)
+        torch.cat([F.linear(x, x.new_ones(5, 6)), F.linear(x, c.weight.reshape(-1, 6))], -1)""",
+    "stack_siblings": """sub(nn.Linear(6, 6), nn.Linear(6, 6)); sub(nn.Linear(6, 6), nn.Linear(6, 6, False))
+        attend(); attend(heads=2); sub(conv(), conv()); sub(conv(), conv(groups=2))
+        sub(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6)))
+        sub(conv(), nn.Conv2d(4, 4, 3, dilation=1))
+        sub(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))""",
 }  # fmt: skip
 
 
@@ -107,10 +148,11 @@ class Net(torch.nn.Module):
             "conv": functools.partial(nn.Conv2d, 4, 4, 3),
             "up": functools.partial(nn.ConvTranspose2d, 4, 4, 3),
             "add": lambda *terms: Total(terms, 1), "sub": lambda *terms: Total(terms, -1),
+            "cat": lambda *terms: Total(terms, 0), "attend": Attend,
             "mean": lambda dim: Apply(lambda x: x.mean(dim)),
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
         }  # fmt: skip
-        chain = re.match(r"(nn\.|norm|conv|up|add|sub)", text)
+        chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend)", text)
         self.text = text
         self.f = eval(f"nn.Sequential({text})" if chain else f"lambda x, s, c: {text}", scope)
 
@@ -130,15 +172,47 @@ class Apply(torch.nn.Module):
         return self.function(x)
 
 
+class Attend(torch.nn.Module):
+    """Attention with projections."""
+
+    def __init__(
+        self, heads: int = 1, bias: bool = True, turned: bool = False, masked: bool = False,
+        causal: bool = False, scaled: bool = False, out: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(6, 4, bias=bias) for _ in range(3))
+        self.out = torch.nn.Linear(4, 3, bias=out)
+        self.heads, self.turned, self.masked, self.scaled = heads, turned, masked, scaled
+        self.causal = causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1, 2)
+        q, k, v = (self.split(one(x)) for one in (self.q, self.k, self.v))
+        if self.turned:
+            k = k * torch.arange(1.0, 25.0, dtype=k.dtype)[:, None]
+        mask = torch.arange(24) > 3 if self.masked else None
+        mask = mask.to(x.dtype).expand(24, 24) if mask is not None else None
+        options = {"scale": 0.25} if self.scaled else {}
+        y = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal, **options
+        )
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
 class Total(torch.nn.Module):
-    """The first module of one input, with the others added or subtracted."""
+    """The first module of one input, with the others added (1), subtracted (-1) or behind (0)."""
 
     def __init__(self, terms: tuple[torch.nn.Module, ...], sign: int) -> None:
         super().__init__()
         self.terms, self.sign = torch.nn.ModuleList(terms), sign
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *rest = (term(x) for term in self.terms)
+        first, *rest = found = [term(x) for term in self.terms]
+        if self.sign == 0:
+            return torch.cat(found, 1)
         for one in rest:
             first = first + one if self.sign > 0 else first - one
         return first

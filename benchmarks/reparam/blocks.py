@@ -1,37 +1,42 @@
-"""Blocks with branches, from the definitions in their papers."""
+"""Blocks that are one convolution in disguise, from the definitions in their papers.
+
+None has its activation: a block is the affine map that its paper merges.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def conv_norm(channels: int, kernel: int | tuple[int, int], **options: int) -> nn.Sequential:
+def conv_norm(channels: int, height: int, width: int, groups: int = 1) -> nn.Sequential:
     """A convolution that keeps the size, then a batch norm."""
-    taps = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    padding = tuple(size // 2 for size in taps)
-    conv = nn.Conv2d(channels, channels, taps, padding=padding, bias=False, **options)
+    taps, padding = (height, width), (height // 2, width // 2)
+    conv = nn.Conv2d(channels, channels, taps, padding=padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
 class Branches(nn.Module):
-    """The sum of its branches, through a ReLU."""
+    """The sum of its branches."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.branches[0](x)
+        total: Tensor = self.branches[0](x)
         for branch in self.branches[1:]:
             total = total + branch(x)
-        return F.relu(total)
+        return total
 
 
 def ac_block(channels: int) -> nn.Module:
     """ACNet (arXiv 1908.03930): a square kernel and its skeleton."""
-    return Branches(*(conv_norm(channels, kernel) for kernel in ((3, 3), (1, 3), (3, 1))))
+    return Branches(*(conv_norm(channels, *taps) for taps in ((3, 3), (1, 3), (3, 1))))
 
 
 class PaddedNorm(nn.Module):
@@ -43,19 +48,19 @@ class PaddedNorm(nn.Module):
         self.norm, self.padding = nn.BatchNorm2d(channels), padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.pad(x, (self.padding,) * 4))
+        padded: Tensor = self.norm(F.pad(x, (self.padding,) * 4))
+        return padded
 
 
-def diverse_branch_block(channels: int, groups: int = 1) -> nn.Module:
+def diverse_branch_block(channels: int) -> nn.Module:
     """DBB: kxk; 1x1; 1x1 then kxk; 1x1 then average; each with its norms."""
 
     def first() -> list[nn.Module]:
-        conv = nn.Conv2d(channels, channels, 1, bias=False, groups=groups)
-        return [conv, PaddedNorm(channels, 1)]
+        return [nn.Conv2d(channels, channels, 1, bias=False), PaddedNorm(channels, 1)]
 
     return Branches(
-        conv_norm(channels, 3, groups=groups), conv_norm(channels, 1, groups=groups),
-        nn.Sequential(*first(), nn.Conv2d(channels, channels, 3, bias=False, groups=groups),
+        conv_norm(channels, 3, 3), conv_norm(channels, 1, 1),
+        nn.Sequential(*first(), nn.Conv2d(channels, channels, 3, bias=False),
                       nn.BatchNorm2d(channels)),
         nn.Sequential(*first(), nn.AvgPool2d(3, 1), nn.BatchNorm2d(channels)),
     )  # fmt: skip
@@ -63,7 +68,7 @@ def diverse_branch_block(channels: int, groups: int = 1) -> nn.Module:
 
 def rep_lk_block(channels: int) -> nn.Module:
     """RepLKNet (arXiv 2203.06717): a large depthwise kernel and a small one."""
-    return Branches(*(conv_norm(channels, kernel, groups=channels) for kernel in (13, 5)))
+    return Branches(*(conv_norm(channels, size, size, groups=channels) for size in (13, 5)))
 
 
 class OnlineConv(nn.Module):
@@ -86,22 +91,60 @@ class OnlineConv(nn.Module):
         terms = (self.square, point, average, chained)
         weight = sum(scale.reshape(-1, 1, 1, 1) * term
                      for scale, term in zip(self.scales, terms, strict=True))  # fmt: skip
-        return F.relu(self.norm(F.conv2d(x, weight, padding=1)))
+        normed: Tensor = self.norm(F.conv2d(x, weight, padding=1))
+        return normed
 
 
-def stacked(block: object, channels: int = 32) -> nn.Module:
-    """Four blocks behind a stem, with a classifier."""
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """`make(channels)` is a block, and a convolution with a kernel of side `kernel` what its paper
+    deploys."""
+
+    make: Callable[[int], nn.Module]
+    kernel: int = 3
+    depthwise: bool = False
+
+
+BLOCKS = {
+    "ACNet": Block(ac_block),
+    "DBB": Block(diverse_branch_block),
+    "RepLK": Block(rep_lk_block, 13, depthwise=True),
+    "OREPA": Block(OnlineConv),
+}
+
+
+def stack(block: Block, channels: int = 32) -> nn.Sequential:
+    """Four blocks with activations behind a stem, with a classifier."""
+    body = [layer for _ in range(4) for layer in (block.make(channels), nn.ReLU())]
     return nn.Sequential(
-        nn.Conv2d(3, channels, 3, stride=2, padding=1), *(block(channels) for _ in range(4)),
+        nn.Conv2d(3, channels, 3, stride=2, padding=1), *body,
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10),
     )  # fmt: skip
 
 
-BLOCKS = {
-    "ACNet": ac_block,
-    "DBB": diverse_branch_block,
-    "RepLK": rep_lk_block,
-    "OREPA": OnlineConv,
-}
-# What is left of a stack in the published deploy form: stem, (conv, relu) x 4, pool, flatten, linear.
-DEPLOYED = 1 + 2 * 4 + 3
+def deploy_stack(net: nn.Module, block: Block) -> nn.Module:
+    """The stack with a convolution in place of each block."""
+    assert isinstance(net, nn.Sequential) and isinstance(net[0], nn.Conv2d)
+    channels = net[0].out_channels
+    for place in range(1, 9, 2):
+        net[place] = as_convolution(net[place], channels, block)
+    return net
+
+
+@torch.no_grad()
+def as_convolution(module: nn.Module, channels: int, block: Block) -> nn.Conv2d:
+    """The convolution that computes what `module` does, read off its answers to an empty image and to
+    one pixel in the middle of each channel."""
+    size, like = block.kernel, next(module.parameters())
+    images = like.new_zeros(1 + channels, channels, size, size)
+    images[1:, :, size // 2, size // 2] = torch.eye(channels)
+    empty, *answers = module(images)
+    weight = torch.stack([answer - empty for answer in answers], 1).flip(2, 3)
+    if block.depthwise:
+        weight = weight[range(channels), range(channels)].unsqueeze(1)
+    groups = channels if block.depthwise else 1
+    conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=groups).to(like)
+    conv.weight.copy_(weight)
+    assert conv.bias is not None
+    conv.bias.copy_(empty[:, size // 2, size // 2])
+    return conv

@@ -13,19 +13,23 @@ from graphopt.ir.value import Value
 
 
 class Builder:
-    """Emits nodes before a given position of a graph and remembers which."""
+    """Emits nodes before a given position of a graph; remembers them, and whose views it gave."""
 
     def __init__(self, graph: Graph, before: fx.Node) -> None:
         self.graph = graph
         self.before = before
         self.made: list[fx.Node] = []
+        self.seen: dict[fx.Node, None] = {}
 
     def value(self, node: fx.Node) -> Value:
         return Value(node, self)
 
     def view(self, node: fx.Node) -> base.Op | None:
         """The op view of a node; None for inputs, states and unknown ops."""
-        return base.view(node, self)
+        op = base.view(node, self)
+        if op is not None:
+            self.seen[node] = None
+        return op
 
     def same(self, left: fx.Node, right: fx.Node) -> bool:
         """Whether two nodes are one value."""
@@ -51,12 +55,27 @@ class Builder:
             name = source.name if source is not None else None
             node = self.graph.fx.create_node("call_function", target, args, kwargs, name=name)
         self.made.append(node)
+        for one in node.all_input_nodes:
+            if not self.lift(one, node):
+                raise ValueError(f"{one.name} is computed after {self.before.name}, which needs it")
         place = source if source is not None else self.before
-        for key in ("where", "made_by"):
+        for key in ("where", "made_by") if source is None else ("where", "made_by", "absorbed"):
             if key in place.meta:
                 node.meta[key] = place.meta[key]
         node.meta["val"] = infer(self.graph, target, args, kwargs)
         return Value(node, self)
+
+    def lift(self, node: fx.Node, before: fx.Node) -> bool:
+        """Move a node in front of another one, with all it depends on, if it is a parameter's or
+        was emitted here. Whether it stands in front now."""
+        if node < before:
+            return True
+        if node not in self.made and not self.graph.is_constant(node):
+            return False
+        if not all(self.lift(one, before) for one in node.all_input_nodes):
+            return False
+        before.prepend(node)
+        return True
 
     def rollback(self, since: int = 0) -> None:
         """Erase everything emitted after the first `since` nodes."""

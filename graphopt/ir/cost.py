@@ -82,6 +82,8 @@ def _bytes(value: Any) -> int:
 # -- how long an op takes -----------------------------------------------------------------------
 
 TABLE = Path(__file__).parent / "efficiency.json"
+VIEWS = (ops.Slice, ops.Select, ops.Expand, ops.Permute, ops.Reshape, ops.Detach)
+VIEW = 0.3  # of the time to launch an op: making a view launches nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Target:
         """About how long an op of the graph takes; nothing if it depends on parameters alone."""
         if op.out.is_constant:
             return 0.0
+        if isinstance(op, VIEWS):
+            # What reads a slice with gaps copies it first, unless its rows are whole.
+            copies = isinstance(op, ops.Slice) and op.dim != op.out.ndim - 1
+            return VIEW * self.launch + copies * 2 * _bytes(op.out.meta) / self.bandwidth
         moved = _bytes(op.out.meta)
         moved += sum(_bytes(node.meta.get("val")) for node in op.out.node.all_input_nodes)
         busy = moved / self.bandwidth

@@ -20,6 +20,7 @@ from torch import fx
 from graphopt.ir.contracts import Contract
 from graphopt.ir.cost import Target
 from graphopt.ir.graph import Graph, is_pure
+from graphopt.ir.provenance import inherit, origins, unread
 from graphopt.ir.rewrite import Declined, Rewrite, RewriteError, Rewriter, article
 from graphopt.ir.value import Value
 
@@ -36,7 +37,9 @@ class Record:
 
     `error` and `bound` are absolute, at the element where their ratio is largest, in float64;
     nan where nothing was measured. `index` numbers the applications of one optimization in the
-    order of their commits; it is -1 for what was not applied. `stage` is the pass.
+    order of their commits; it is -1 for what was not applied. `stage` is the pass. `origins` are
+    the paths in the source model of all that it concerns: of the ops and states that nobody reads
+    after it, or, if it was refused, of the ops that the rewrite looked at.
     """
 
     rewrite: str
@@ -48,6 +51,7 @@ class Record:
     node: str = ""
     index: int = -1
     stage: str = ""
+    origins: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -104,26 +108,33 @@ class Session:
 
     def replace(
         self, rewrite: str, contract: Contract, old: fx.Node, new: fx.Node,
-        made: Sequence[fx.Node] = (),
+        made: Sequence[fx.Node] = (), others: Sequence[tuple[fx.Node, fx.Node]] = (),
     ) -> bool:  # fmt: skip
-        """Check that `new` may stand for `old`; if so, commit. Returns whether it did.
+        """Check that `new` may stand for `old`, and so for `others`; if so, commit all. Returns
+        whether it did.
 
         Once the limit of applications is reached, nothing is committed or recorded any more.
         """
         if (rewrite, old) in self._hopeless or self.applications.exhausted:
             return False
         where, stage = self.graph.where(old), self.pass_of.get(rewrite, self.pass_name)
-        reason = _type_difference(old, new)
-        if not reason and (sharing := shared_memory(old, new)):
+        pairs = [(old, new), *others]
+        gone = unread(pairs, made)
+        mistyped = _first(_type_difference(*pair) for pair in pairs)
+        if not mistyped and (sharing := _first(shared_memory(*pair) for pair in pairs)):
             self._hopeless.add((rewrite, old))
             self.refused[rewrite, old] = Record(
-                rewrite, where, str(contract), sharing, node=old.name
-            )
+                rewrite, where, str(contract), sharing, node=old.name,
+                origins=origins(self.graph, gone),
+            )  # fmt: skip
             return False
-        verdict = Verdict(False, reason=reason) if reason else self._validate(old, new, contract)
+        verdict = (
+            Verdict(False, reason=mistyped) if mistyped
+            else max((self._validate(*pair, contract) for pair in pairs), key=_badness)
+        )  # fmt: skip
         record = Record(
             rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name,
-            self.applications.count if verdict.ok else -1, stage,
+            self.applications.count if verdict.ok else -1, stage, origins(self.graph, gone),
         )  # fmt: skip
         if not verdict.ok:
             self._hopeless.add((rewrite, old))
@@ -131,7 +142,9 @@ class Session:
             return False
         for node in made:
             node.meta["made_by"] = (stage or rewrite, rewrite, record.index)
-        old.replace_all_uses_with(new)
+        for one, other in pairs:
+            one.replace_all_uses_with(other)
+        inherit(self.graph, pairs, made, gone)
         self.applied.append(record)
         self.applications.count += 1
         return True
@@ -226,8 +239,9 @@ class Session:
             if declined.near or rewrite.explain:
                 where = declined.where or self.graph.where(node)
                 self.refused[key] = Record(
-                    rewrite.name, where, str(rewrite.contract), declined.reason, node=node.name
-                )
+                    rewrite.name, where, str(rewrite.contract), declined.reason, node=node.name,
+                    origins=origins(self.graph, rw.seen),
+                )  # fmt: skip
             return None
         except Exception as error:
             rw.rollback()
@@ -236,15 +250,17 @@ class Session:
                 Record(
                     rewrite.name, self.graph.where(node), str(rewrite.contract),
                     f"raised {article(type(error).__name__)}: {error}", node=node.name,
+                    origins=origins(self.graph, rw.seen),
                 )
             )  # fmt: skip
             return None
         self.refused.pop(key, None)
-        if not self.replace(rewrite.name, rewrite.contract, node, result.node, rw.made):
+        others = [(old.node, new.node) for old, new in rw.others]
+        if not self.replace(rewrite.name, rewrite.contract, node, result.node, rw.made, others):
             rw.rollback()
             return None
         made = list(rw.made)
-        remaining = self.erase_dead([node, *reversed(made)])
+        remaining = self.erase_dead([node, *(old for old, _ in others), *reversed(made)])
         again = [one for one in (*made, result.node, *result.node.users) if not one._erased]
         for value in remaining:
             again += value.users
@@ -253,6 +269,17 @@ class Session:
     def remaining_refusals(self) -> list[Record]:
         """Refusals whose root is still in the graph."""
         return [record for (_, node), record in self.refused.items() if not node._erased]
+
+
+def _first(reasons: Iterable[str]) -> str:
+    return next(filter(None, reasons), "")
+
+
+def _badness(verdict: Verdict) -> float:
+    """Orders verdicts: what failed above all, then by the share of the bound that was used."""
+    if not verdict.ok:
+        return math.inf
+    return verdict.error / verdict.bound if verdict.bound > 0 else 0.0
 
 
 def shared_memory(old: fx.Node, new: fx.Node) -> str:

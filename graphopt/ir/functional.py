@@ -92,7 +92,10 @@ class Normalizer:
             self.plain[source] = node
 
     def finish(self) -> None:
-        """Emit the writes that must reach states and inputs."""
+        """Emit the writes that must reach states and inputs; drop lists read as their pieces."""
+        for node in map(self.plain.__getitem__, self.lists):
+            if not node.users:
+                self.graph.erase_node(node)
         for source, node in self.origin.items():
             cell = self.places[source].cell if source in self.places else None
             if cell is not None and cell.version:
@@ -387,6 +390,8 @@ class Normalizer:
     # -- emitting -----------------------------------------------------------------------------
 
     def _emit(self, target: Any, args: Any, kwargs: Any, source: fx.Node) -> fx.Node:
+        if target is operator.getitem:
+            target, args = _piece(*args)
         if getattr(target, "_schema", None) is not None:
             target, args, kwargs = _spelled(target, args, kwargs)
         name = source.name.rstrip("_") if target is not aten.copy_.default else None
@@ -450,6 +455,25 @@ def _spelled(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
             break
         args.append(kwargs.pop(argument.name))
     return target, args, kwargs
+
+
+_PIECES = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind"}
+
+
+def _piece(container: Any, index: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An item of a list of views, as the slice or the entry that it is."""
+    schema = getattr(getattr(container, "target", None), "_schema", None)
+    if schema is None or schema.name not in _PIECES or container.kwargs:
+        return operator.getitem, (container, index)
+    base, rest = container.args[0], container.args[1:]
+    if schema.name == "aten::unbind":
+        return aten.select.int, (base, rest[0] if rest else 0, index)
+    dim = rest[1] if len(rest) > 1 else 0
+    sizes = [one.shape[dim] for one in container.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return operator.getitem, (container, index)
+    start = sum(sizes[:index])
+    return aten.slice.Tensor, (base, dim, start, start + sizes[index])
 
 
 def _permutation(view: fx.Node) -> list[int]:

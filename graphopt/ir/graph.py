@@ -4,8 +4,9 @@ Normal form:
 - every node is an input, a state (`get_attr`), or a call of an ATen overload (or of a Python
   function on symbolic sizes), and computes a new value: activations are never written in place;
 - a write to a buffer or an input that the source model makes is a `copy_` at the end;
-- a node's `meta` holds `val` (fake tensor), `where` (module path in the source model) and, once a
-  pass has made it, `made_by` (pass and match index).
+- a node's `meta` holds `val` (fake tensor), `where` (module path in the source model), `absorbed`
+  (paths of other modules that it stands for) and, once a pass has made it, `made_by` (pass and
+  match index).
 """
 
 from __future__ import annotations

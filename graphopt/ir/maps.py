@@ -1,11 +1,12 @@
-"""Branches as convolutions: what composes, what adds up, and what reads as one.
+"""Branches as convolutions, or as linear maps: what composes, adds up, and reads as one.
 
     compose:  W2 (W1 x + b1) + b2    =  (W2 W1) x + (W2 b1 + b2)
     add:      (W1 x + b1) + (W2 x + b2)  =  (W1 + W2) x + (b1 + b2)
 
-A map is an `ops.Conv` that need not be in the graph: a weight, a bias and a geometry, applied to its
-`input`. Padding is what makes a map of an image differ from a matrix; the conditions say where it
-matters. Source: reference/transformations.md 4.1 to 4.3; DBB (arXiv 2103.13425), RepVGG (2101.03697).
+A map is an `ops.Conv` or `ops.Linear` that need not be in the graph: a weight, a bias and a geometry,
+applied to its `input`. Padding is what makes a map of an image differ from a matrix; the conditions
+say where it matters. Source: reference/transformations.md 4.1 to 4.3; DBB (arXiv 2103.13425), RepVGG
+(2101.03697).
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from math import prod
 from typing import Any
 
 from graphopt.ir import ops
+from graphopt.ir.borders import bias_map, ones_channel
 from graphopt.ir.ops import plus, widen
 from graphopt.ir.rewrite import Rewriter, describe
 from graphopt.ir.value import Value
+
+Map = ops.Conv | ops.Linear
 
 
 def source(value: Value) -> Value | None:
@@ -34,13 +38,14 @@ def source(value: Value) -> Value | None:
     return None
 
 
-def as_map(rw: Rewriter, value: Value, start: Value, like: ops.Conv) -> ops.Conv:
+def as_map(rw: Rewriter, value: Value, start: Value, like: Map) -> Any:
     """`value` as a map of `start`, in the rank and with the groups of `like`."""
     if value == start:
         return identity(rw, start, like)
     op = value.op
-    if isinstance(op, ops.Conv):
+    if isinstance(op, (ops.Conv, ops.Linear)):
         return op if op.input == start else compose_maps(rw, op, as_map(rw, op.input, start, like))
+    assert isinstance(like, ops.Conv)
     if isinstance(op, ops.AvgPool):
         return compose_maps(rw, average(rw, op, like), as_map(rw, op.input, start, like))
     if isinstance(op, ops.Pad):
@@ -53,8 +58,11 @@ def as_map(rw: Rewriter, value: Value, start: Value, like: ops.Conv) -> ops.Conv
     return inner.replace(weight=inner.scale_out(scale), bias=bias.to(inner.weight.dtype))
 
 
-def identity(rw: Rewriter, value: Value, like: ops.Conv) -> ops.Conv:
+def identity(rw: Rewriter, value: Value, like: Map) -> Any:
     """The identity: `weight[o, i mod (C / groups), 0] = 1` where o = i."""
+    if isinstance(like, ops.Linear):
+        size, dtype = value.shape[-1], like.weight.dtype
+        return ops.Linear(value, rw.emit(ops.Eye(size, size, dtype, like.weight.meta.device)))
     channels, groups = like.in_channels, like.groups
     per, ones = channels // groups, (1,) * like.rank
     eye = rw.emit(ops.Eye(per, per, like.weight.dtype, like.weight.meta.device))
@@ -73,7 +81,7 @@ def average(rw: Rewriter, pool: ops.AvgPool, like: ops.Conv) -> ops.Conv:
         pool.count_include_pad or not any(padding),
         f"{describe(pool.out)} divides by fewer pixels at the border",
     )
-    one = identity(rw, pool.input, like)
+    one: ops.Conv = identity(rw, pool.input, like)
     weight = one.weight / (pool.divisor_override or prod(kernel))
     weight = weight.expand(*weight.shape[:2], *kernel)
     return one.replace(weight=weight, stride=tuple(stride), padding=tuple(padding))
@@ -108,12 +116,20 @@ def _framed(rw: Rewriter, pad: ops.Pad, inner: ops.Conv) -> ops.Conv:
 # -- compose ------------------------------------------------------------------------------------
 
 
-def compose_maps(rw: Rewriter, outer: ops.Conv, inner: ops.Conv) -> ops.Conv:
+def compose_maps(rw: Rewriter, outer: Map, inner: Map) -> Any:
     """The map that applies `inner`, then `outer`.
 
     Padding of `outer` puts zeros around what `inner` computes; that is what `inner` makes of zeros
     around its own input if it reads one pixel at a time and adds nothing.
     """
+    if isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear):
+        first, second = widen(inner.weight, outer.weight), widen(outer.weight, inner.weight)
+        bias = outer.bias
+        if inner.bias is not None:
+            moved = (second * widen(inner.bias, second)).sum((1,))
+            bias = plus(bias, moved.to(outer.weight.dtype))
+        return inner.replace(weight=(second @ first).to(outer.weight.dtype), bias=bias)
+    assert isinstance(outer, ops.Conv) and isinstance(inner, ops.Conv)
     _plain(rw, outer, inner)
     if any(padded(outer)):
         rw.require(
@@ -149,6 +165,26 @@ def compose_maps(rw: Rewriter, outer: ops.Conv, inner: ops.Conv) -> ops.Conv:
     )
 
 
+def composed(rw: Rewriter, outer: ops.Conv, inner: ops.Conv) -> Value:
+    """`outer` of `inner`, emitted. Where `outer` pads with zeros what `inner` adds a bias to, the
+    bias is added apart, without the border."""
+    _plain(rw, outer, inner)
+    bias, plain = inner.bias, inner.replace(bias=None)
+    one_pixel = _pointwise(inner) and not any(padded(inner))
+    if bias is None or not any(padded(outer)) or not one_pixel:
+        return rw.emit(compose_maps(rw, outer, inner), like=inner)
+
+    def with_map() -> Value:
+        merged = compose_maps(rw, outer, plain)
+        return rw.emit(merged, like=inner) + bias_map(outer, bias, rw)
+
+    def with_ones() -> Value:
+        merged = compose_maps(rw, outer, plain)
+        return rw.emit(ones_channel(merged, outer.response_kernel(bias), rw), like=inner)
+
+    return rw.cheapest(with_map, with_ones)
+
+
 def _steps(outer: ops.Conv, inner: ops.Conv) -> tuple[tuple[Any, ...], ...]:
     """How far apart the taps of the merged kernel are, and in these units those of the inner and
     of the outer one."""
@@ -174,12 +210,17 @@ def _swapped(conv: ops.Conv) -> Value:
 # -- add ----------------------------------------------------------------------------------------
 
 
-def add_maps(rw: Rewriter, left: ops.Conv, right: ops.Conv) -> ops.Conv:
+def add_maps(rw: Rewriter, left: Map, right: Map) -> Any:
     """The map whose output is the sum of two, which must see the same windows of the same input.
 
     Windows are the same if they have the same middle, `padding - dilation (kernel - 1) / 2`, and
     move by the same stride; the smaller kernel then becomes the middle of the larger one.
     """
+    if isinstance(left, ops.Linear) and isinstance(right, ops.Linear):
+        return left.replace(
+            weight=plus(left.weight, right.weight), bias=plus(left.bias, right.bias)
+        )
+    assert isinstance(left, ops.Conv) and isinstance(right, ops.Conv)
     _plain(rw, left, right)
     rw.require(
         left.stride == right.stride,

@@ -52,6 +52,7 @@ class Rewriter(Builder):
         super().__init__(graph, root)
         self.root = root
         self.target = target or cost.target()
+        self.others: list[tuple[Value, Value]] = []
         self._subject: Value | None = None
 
     # -- saying no ----------------------------------------------------------------------------
@@ -73,15 +74,63 @@ class Rewriter(Builder):
         """From here on, report declining as being about `op` (by default, about the root)."""
         self._subject = op.out
 
-    def pays(self, old: Iterable[Op], new: Value) -> None:
-        """Decline unless the op that computes `new` is at least as fast as `old` ones on the target."""
-        assert new.op is not None
-        before, after = sum(map(self.target.seconds, old)), self.target.seconds(new.op)
+    # -- what it costs ------------------------------------------------------------------------
+
+    def pays(self, old: Iterable[Op], *new: Value) -> None:
+        """Decline unless what was emitted for `new` is at least as fast as `old` on the target."""
+        before, after = sum(map(self.target.seconds, old)), self._seconds(new)
         self.require(
             after <= before,
             f"it would take {after * 1e6:.0f} us instead of {before * 1e6:.0f} (estimated for "
             f"{self.target.name})",
         )
+
+    def cheapest(self, *ways: Callable[[], Value]) -> Value:
+        """What the fastest of several ways emits; those that decline are left out."""
+        found: list[tuple[float, Callable[[], Value]]] = []
+        refusal = None
+        start = len(self.made)
+        for way in ways:
+            try:
+                found.append((self._seconds([way()]), way))
+            except Declined as declined:
+                refusal = refusal or declined
+            self.rollback(start)
+        if not found:
+            assert refusal is not None
+            raise refusal
+        return min(found, key=lambda one: one[0])[1]()
+
+    def _seconds(self, new: Iterable[Value]) -> float:
+        """About how long the emitted ops take that compute some values."""
+        made, stack, total = set(self.made), [one.node for one in new], 0.0
+        while stack:
+            node = stack.pop()
+            if node in made:
+                made.discard(node)
+                stack += node.all_input_nodes
+                op = self.view(node)
+                assert op is not None
+                total += self.target.seconds(op)
+        return total
+
+    # -- more than one value ------------------------------------------------------------------
+
+    def replace(self, value: Value, by: Value) -> None:
+        """In the same step as the root, let `by` stand for `value` too.
+
+        What `by` is made of moves in front of `value`, which readers may follow.
+        """
+        self.require(
+            self.lift(by.node, value.node),
+            f"what takes the place of {describe(value)} is computed after it",
+        )
+        self.others.append((value, by))
+
+    def rollback(self, since: int = 0) -> None:
+        super().rollback(since)
+        made = set(self.made)
+        self.others = [pair for pair in self.others if pair[1].node in made]
 
     # -- looking around -----------------------------------------------------------------------
 
@@ -91,6 +140,11 @@ class Rewriter(Builder):
         if not isinstance(op, cls):
             self.decline(f"{describe(value)} is not {article(cls.__name__)}", near=False)
         return op
+
+    def readers(self, value: Value, cls: type[OpType]) -> list[OpType]:
+        """The ops of a class that read `value`, in graph order."""
+        found = [self.view(user) for user in sorted(value.users)]
+        return [op for op in found if isinstance(op, cls)]
 
     def only_user(self, producer: Op | Value, user: Op | Value) -> bool:
         """Whether the value of `producer` is read by `user` alone."""

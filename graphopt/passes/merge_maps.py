@@ -10,42 +10,57 @@ of these; what makes a map of one, and when two compose or add up, is in `grapho
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from graphopt.ir import ops
-from graphopt.ir.maps import add_maps, as_map, compose_maps, margins, padded, source
-from graphopt.ir.ops import plus, widen
+from graphopt.ir.maps import add_maps, as_map, compose_maps, composed, margins, padded, source
 from graphopt.ir.rewrite import Rewriter, describe, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
 LONGEST = 8  # ops in a branch
+Source = Callable[[Value], Value | None]
 
 
 @rewrite
 def merge_branches(op: ops.Add, rw: Rewriter) -> Value:
     """The sum of two maps of one value is one convolution."""
+    return _merged(op, rw, source)
+
+
+@rewrite
+def merge_linear_branches(op: ops.Add, rw: Rewriter) -> Value:
+    """The sum of two linear maps of one value, or of one and the value itself, is one linear map."""
+    return _merged(op, rw, _linear_source)
+
+
+def _linear_source(value: Value) -> Value | None:
+    return value.op.input if isinstance(value.op, ops.Linear) else None
+
+
+def _merged(op: ops.Add, rw: Rewriter, source: Source) -> Value:
     rw.match(isinstance(op.left, Value) and isinstance(op.right, Value))
     assert isinstance(op.left, Value) and isinstance(op.right, Value)
-    left, right = branch(op.left), branch(op.right)
+    left, right = branch(op.left, source), branch(op.right, source)
     i, j = _meeting(left, right)
     rw.match(i + j)
     start, left, right = left[i], left[:i], right[:j]
-    convs = [one.op for one in (*left, *right) if isinstance(one.op, ops.Conv)]
-    rw.match(convs)
+    maps = [one.op for one in (*left, *right) if isinstance(one.op, (ops.Conv, ops.Linear))]
+    rw.match(maps)
     gone: list[ops.Op] = [op]
     for chain in (left, right):
         reader = op.out
         for value in chain:
             alone = rw.only_user(value, reader)
             rw.require(
-                alone or not isinstance(value.op, ops.Conv),
+                alone or not isinstance(value.op, (ops.Conv, ops.Linear)),
                 f"the output of {describe(value)} is used elsewhere too",
             )
             if not alone or value.op is None:
                 break
             gone.append(value.op)
             reader = value
-    like = convs[0]
+    like = maps[0]
     one = as_map(rw, op.left, start, like)
     other = as_map(rw, op.right, start, like)
     merged = add_maps(rw, one, other)
@@ -81,7 +96,7 @@ def _meeting(left: list[Value], right: list[Value]) -> tuple[int, int]:
     return next(pairs, (0, 0))
 
 
-def branch(value: Value) -> list[Value]:
+def branch(value: Value, source: Source = source) -> list[Value]:
     """A value and what it may be a map of, nearest first."""
     found = [value]
     while len(found) <= LONGEST and (before := source(found[-1])) is not None:
@@ -96,7 +111,7 @@ def merge_convolutions(outer: ops.Conv, rw: Rewriter) -> Value:
     rw.require(
         rw.only_user(inner, outer), f"the output of {describe(inner.out)} is used elsewhere too"
     )
-    folded = rw.emit(compose_maps(rw, outer, inner), like=inner)
+    folded = composed(rw, outer, inner)
     rw.pays([outer, inner], folded)
     return folded
 
@@ -120,13 +135,7 @@ def merge_linears(outer: ops.Linear, rw: Rewriter) -> Value:
     rw.require(
         rw.only_user(inner, outer), f"the output of {describe(inner.out)} is used elsewhere too"
     )
-    first, second = widen(inner.weight, outer.weight), widen(outer.weight, inner.weight)
-    bias = outer.bias
-    if inner.bias is not None:
-        moved = (second * widen(inner.bias, second)).sum((1,))
-        bias = plus(bias, moved.to(outer.weight.dtype))
-    weight = (second @ first).to(outer.weight.dtype)
-    folded = rw.emit_like(outer, input=inner.input, weight=weight, bias=bias)
+    folded = rw.emit(compose_maps(rw, outer, inner), like=inner)
     rw.pays([outer, inner], folded)
     return folded
 
@@ -137,7 +146,7 @@ class MergeBranches(RewritePass):
     convolution."""
 
     name = "merge-branches"
-    rewrites = (merge_branches, add_negative_branch)
+    rewrites = (merge_branches, merge_linear_branches, add_negative_branch)
 
 
 @dataclasses.dataclass(frozen=True)

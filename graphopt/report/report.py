@@ -9,6 +9,8 @@ from typing import Any
 
 from graphopt.ir.cost import Cost
 from graphopt.ir.driver import Record
+from graphopt.report.plain import plain
+from graphopt.report.story import Listed, Story, tell
 from graphopt.verify.model import ModelCheck
 
 SHOWN = 12  # refusals listed in the text; all are in the data
@@ -30,7 +32,9 @@ class Report:
 
     `applied`, `refused` and `rolled_back` hold records with `rewrite`, `where` (module path in the
     source model), `contract`, `reason`, `error` and `bound` (absolute, in float64), `index` (of
-    those applied, in order). `passes` lists (pass, seconds), validation apart.
+    those applied, in order). `passes` lists (pass, seconds), validation apart. `modules` has the
+    paths of the source model's modules, each with the first path of the same module; `ops_before`
+    and `ops_after` are the ops of the captured and of the optimized graph.
     """
 
     model: str
@@ -50,10 +54,22 @@ class Report:
     backend_table: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     regions: dict[str, Report] = dataclasses.field(default_factory=dict)
     bisect_limit: int | None = None  # rewrites that could be applied at most
+    modules: dict[str, str] = dataclasses.field(default_factory=dict)
+    ops_before: list[Listed] = dataclasses.field(default_factory=list)
+    ops_after: list[Listed] = dataclasses.field(default_factory=list)
+
+    def explain(self, module: str) -> Story:
+        """What happened to the source module of this path, such as `layer1.0.conv1`, and to all that
+        is inside it; `print` shows it.
+
+        Raises:
+            UnknownModule: naming the nearest paths, if the source model has no such module.
+        """
+        return tell(self, module)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes with `allow_nan=False`."""
-        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        return plain(self)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
@@ -64,8 +80,16 @@ class Report:
 
         def records(key: str) -> list[Record]:
             return [
-                Record(**{**one, "error": number(one["error"]), "bound": number(one["bound"])})
+                Record(**{
+                    **one, "error": number(one["error"]), "bound": number(one["bound"]),
+                    "origins": tuple(one.get("origins", ())),
+                })
                 for one in data[key]
+            ]  # fmt: skip
+
+        def ops(key: str) -> list[Listed]:
+            return [
+                Listed(**{**one, "origins": tuple(one["origins"])}) for one in data.get(key, ())
             ]
 
         check = data["check"]
@@ -86,21 +110,13 @@ class Report:
                 else None,
                 "passes": [tuple(one) for one in data["passes"]],
                 "regions": {k: cls.from_dict(v) for k, v in data["regions"].items()},
+                "ops_before": ops("ops_before"),
+                "ops_after": ops("ops_after"),
             }
         )
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _lines(report: Report) -> list[str]:

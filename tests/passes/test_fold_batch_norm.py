@@ -715,8 +715,8 @@ def test_convolution_with_other_readers_stays() -> None:
 def test_declining_deep_inside_leaves_nothing_behind() -> None:
     """The first piece could take its share, the second cannot: the graph stays as it was."""
     modules = {"a": conv(2), "b": conv(2), "bn": nn.BatchNorm2d(4)}
-    model = Net(lambda m, x: m.bn(torch.cat([m.a(x), m.b(x).relu()], 1)), **modules)
-    fast = stays(model, IMAGE, because="Relu")
+    model = Net(lambda m, x, y: m.bn(torch.cat([m.a(x), m.b(y).relu()], 1)), **modules)
+    fast = stays(model, IMAGE, IMAGE, because="Relu")
     assert calls(fast) == ["conv2d", "conv2d", "relu", "cat", "batch_norm"]
 
 

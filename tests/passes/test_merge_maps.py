@@ -197,8 +197,8 @@ def test_branches_that_are_not_neighbours_in_the_sum():
 
 
 def test_the_weights_of_two_calls_stay_tied_in_tune_mode():
-    net = Net(lambda net, x: net.a(x) + net.a(x * 2), a=conv())
-    stays(net)
+    """The number moves into the second call's weight, which stays the first one's too."""
+    merges(Net(lambda net, x: net.a(x) + net.a(x * 2), a=conv()))
 
 
 @pytest.mark.parametrize(("model", "because"), [
@@ -268,26 +268,43 @@ def test_convolutions_that_follow_each_other_are_one(name):
     merges(CHAINS[name])
 
 
+@pytest.mark.parametrize("groups", [1, 2], ids=["dense", "grouped"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_biased_1x1_before_a_padded_kxk_leaves_a_map_of_its_bias(groups, stride):
+    """The border sees zeros where the others see the bias: one addition puts it right."""
+    pair = seq(conv(1, groups=groups, stride=stride), conv(groups=groups))
+    merges(pair, to=("conv2d", "add"))
+    merges(seq(pair[0], nn.ZeroPad2d(1), conv(padding=0, groups=groups)), to=("conv2d", "add"))
+
+
+def test_a_biased_1x1_before_a_padded_kxk_on_images_of_any_size():
+    """What has no fixed size gets a channel of ones."""
+    net = prepare(seq(conv(1), conv()))
+    size = torch.export.Dim.AUTO
+    fast = graphopt.optimize(net, (tensor(*IMAGE),), dynamic_shapes=({2: size, 3: size},))
+    assert calls(fast) == ["pad", "conv2d"]
+    for shape in (IMAGE, (2, 4, 5, 12)):
+        assert_equal(output_of(fast, (tensor(*shape),)), output_of(net, (tensor(*shape),)))
+
+
 def test_linear_maps_that_follow_each_other_are_one():
     merges(seq(nn.Linear(8, 6), nn.Linear(6, 5, bias=False), nn.Linear(5, 7)), (2, 3, 8),
            to=("linear",))  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "because"), [
-    (seq(conv(1), conv()), "pads with zeros where"),
     (seq(conv(), conv()), "computes from more than one pixel"),
     (seq(conv(1, padding=1, bias=False), conv()), "computes from more than one pixel"),
     (seq(conv(), nn.ConvTranspose2d(4, 4, 1), conv(1)), ""),
     (seq(conv(), nn.ReLU(), conv(1)), ""),
     (seq(conv(groups=2, out=6, into=4), conv(1, groups=3, into=6, out=6)), "differ in their groups"),
     (Net(lambda net, x: net.b(a := net.a(x)) + a.relu(), a=conv(), b=conv(1)), "used elsewhere"),
-    (seq(conv(1), nn.ZeroPad2d(1), conv(padding=0)), "pads with zeros where"),
     (seq(conv(1, bias=False), nn.ZeroPad2d((1, 0, 0, 1)), conv(padding=0)), ""),
     (seq(conv(1, bias=False), nn.ReflectionPad2d(1), conv(padding=0)), ""),
     (seq(conv(1, bias=False), nn.ConstantPad2d(1, 0.5), conv(padding=0)), ""),
     (seq(conv(1, bias=False), nn.ZeroPad2d(-1), conv(padding=0)), ""),
-], ids=["bias before padding", "kxk before padding", "padding twice", "transposed", "relu", "groups",
-        "used elsewhere", "bias before a frame", "one-sided frame", "reflection", "frame of 0.5",
+], ids=["kxk before padding", "padding twice", "transposed", "relu", "groups",
+        "used elsewhere", "one-sided frame", "reflection", "frame of 0.5",
         "cropped"])  # fmt: skip
 def test_convolutions_stay_apart_where_they_must(model, because):
     stays(model, because=because)

@@ -27,8 +27,10 @@ def widen(value: Value, *others: Value) -> Value:
     return value.to(dtype)
 
 
-def times(weight: Value, factor: Value) -> Value:
+def times(weight: Value, factor: Value | float) -> Value:
     """`weight * factor`, computed in at least float32, in the dtype of `weight`."""
+    if not isinstance(factor, Value):
+        return (widen(weight) * factor).to(weight.dtype)
     return (widen(weight, factor) * widen(factor, weight)).to(weight.dtype)
 
 
@@ -143,9 +145,11 @@ class Conv(Multilinear, Op):
             return 2.0 * numel(self.input) * hint(self.weight.shape[1]) * taps
         return 2.0 * numel(self.out) * hint(self.weight.shape[1]) * taps
 
-    def scale_out(self, factor: Value) -> Value:
+    def scale_out(self, factor: Value | float) -> Value:
         """The weight with output channel o multiplied by `factor[o]`; transformations.md 0."""
         ones = (1,) * self.rank
+        if not isinstance(factor, Value):
+            return times(self.weight, factor)
         if not self.transposed:
             return times(self.weight, factor.reshape(self.out_channels, 1, *ones))
         groups, per = self.groups, self.weight.shape[1]
@@ -155,9 +159,11 @@ class Conv(Multilinear, Op):
         scaled = times(grouped, factor.reshape(groups, 1, per, *ones))
         return scaled.reshape(self.in_channels, per, *self.kernel)
 
-    def scale_in(self, factor: Value) -> Value:
+    def scale_in(self, factor: Value | float) -> Value:
         """The weight with input channel i multiplied by `factor[i]`."""
         ones = (1,) * self.rank
+        if not isinstance(factor, Value):
+            return times(self.weight, factor)
         if self.transposed:
             return times(self.weight, factor.reshape(self.in_channels, 1, *ones))
         return times(self.weight, self._per_output(factor).reshape(*self.weight.shape[:2], *ones))
@@ -275,8 +281,35 @@ class Attention(Op):
     enable_gqa: bool = False
 
     @property
+    def averages(self) -> bool:
+        """Whether the weights of every query add up to one, whatever is masked."""
+        return self.attn_mask is None and not self.dropout_p
+
+    @property
+    def reduction(self) -> int:
+        return hint(self.query.shape[-1]) + hint(self.key.shape[-2])
+
+    @property
     def flops(self) -> float:
         return 2.0 * numel(self.query) * hint(self.key.shape[-2]) * 2
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        """Weights p of scores s vary by p (ds - sum(p ds)), at most 2 p max |ds|."""
+        if self.dropout_p:
+            return None
+        scale = hint(self.query.shape[-1]) ** -0.5 if self.scale is None else abs(self.scale)
+        key = magnitude(self.key).amax(-2, keepdim=True)
+        if self.enable_gqa:
+            key = key.repeat_interleave(hint(self.query.shape[-3]) // hint(key.shape[-3]), -3)
+        scores = (magnitude(self.query) * key).sum(-1, keepdim=True) * scale
+        mask = None if self.attn_mask is None else value(self.attn_mask)
+        if mask is not None and mask.is_floating_point():
+            scores = scores + torch.where(mask.isinf(), 0.0, mask.abs()).amax(-1, keepdim=True)
+        average = torch.nn.functional.scaled_dot_product_attention(
+            value(self.query), value(self.key), magnitude(self.value), mask, 0.0, self.is_causal,
+            scale=self.scale, enable_gqa=self.enable_gqa,
+        )  # fmt: skip
+        return average * (1 + 2 * scores)
 
 
 @op("embedding.default")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy as sp
@@ -131,28 +131,20 @@ class Space(Indices):
         args = tuple(map(self.normal, args))
         outside: Expr = number(1)
         if homogeneous and len(args) == 1 and args[0].terms:
-            inside, common = self._positive_content(args[0])
+            inside, common = self.positive_content(args[0])
             if common is not None:
                 self.laws[f"{name}(c x) = c {name}(x) for c > 0"] = None
                 args, outside = (self.normal(inside),), common
         return self.product(outside, factor(Call(name, tuple(parameters), args, idempotent)))
 
-    def _positive_content(self, expr: Expr) -> tuple[Expr, Expr | None]:
+    def positive_content(self, expr: Expr) -> tuple[Expr, Expr | None]:
         """The positive factors that all terms share, taken out."""
         shared = [
             (one, e) for one, e in expr.terms[0].factors
             if self.is_positive(one, e) and not one.indices() & set(expr.terms[0].bound)
             and all((one, e) in term.factors for term in expr.terms)
         ]  # fmt: skip
-        symbols = [
-            symbol for symbol in sp.sympify(expr.terms[0].coefficient).free_symbols
-            if symbol.is_positive and symbol.is_integer is not True
-            and all(not sp.denom(sp.cancel(term.coefficient / symbol)).has(symbol) for term in expr.terms)
-        ]  # fmt: skip
-        scale = sp.Mul(*symbols)
-        numbers = [sp.sympify(term.coefficient / scale) for term in expr.terms]
-        if all(one.is_Rational for one in numbers):
-            scale *= abs(numbers[0])
+        scale = self._positive_number([sp.sympify(term.coefficient) for term in expr.terms])
         if not shared and scale == 1:
             return expr, None
         inside = Expr(tuple(
@@ -161,6 +153,21 @@ class Space(Indices):
             for term in expr.terms
         ))  # fmt: skip
         return inside, Expr((Term(scale, (), tuple(shared)),))
+
+    @staticmethod
+    def _positive_number(coefficients: Sequence[Any]) -> Any:
+        """A positive number that all coefficients are multiples of."""
+        first = coefficients[0]
+        symbols = [one for one in first.free_symbols if one.is_positive and not one.is_integer]
+        ratios = [sp.cancel(one / first) for one in coefficients]
+        if first.free_symbols == set(symbols) and all(one.is_Rational for one in ratios):
+            return abs(first)
+        scale = sp.Mul(*(
+            one for one in symbols
+            if not any(sp.denom(sp.cancel(other / one)).has(one) for other in coefficients)
+        ))  # fmt: skip
+        rest = [sp.sympify(one / scale) for one in coefficients]
+        return scale * abs(rest[0]) if all(one.is_Rational for one in rest) else scale
 
     # -- the normal form ----------------------------------------------------------------------
 

@@ -129,6 +129,18 @@ def _(p: Pattern, cls: Any, shape: Shape) -> Op:
     return cls(term, left, right, p.number("beta"), p.number("alpha"))  # type: ignore[no-any-return]
 
 
+@entry(ops.Attention)
+def _(p: Pattern, cls: Any, shape: Shape) -> Op:
+    shape = _shape(p, shape, (3, 4))
+    p.feasible(len(shape) >= 3)
+    *lead, queries, width = shape
+    keys, features = p.size("m"), p.size("d")
+    query, key = p.leaf((*lead, queries, features), "q"), p.leaf((*lead, keys, features), "k")
+    mask = p.leaf((queries, keys), "mask") if p.choose((False, True), "masked") else None
+    scale = p.number("scale", positive=True)
+    return cls(query, key, p.leaf((*lead, keys, width), "v"), mask, 0.0, False, scale)  # type: ignore[no-any-return]
+
+
 # -- normalization ------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ with numbers for sizes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -175,6 +175,7 @@ class Pattern(Rewriter):
         self.nodes: list[Node] = []
         self.names: dict[str, int] = {}
         self.made = []
+        self.others = []
         self.requirements: dict[str, None] = {}
         self._subject = None
         self._depth = 0
@@ -309,6 +310,20 @@ class Pattern(Rewriter):
                 node.view = None
         return node.constant
 
+    def readers(self, value: Value, cls: Any) -> list[Any]:
+        """The ops of a class that are known to read a value, and perhaps one more."""
+        from graphopt.verify.proof.general import candidates, general
+
+        node = find(value.node)
+        found = [one.view for one in node.users if isinstance(one.view, cls)]
+        if node.depth <= self.max_depth and self.choose((False, True), f"{node.name} has siblings"):
+            concrete = self.choose(candidates(cls), f"which {cls.__name__}")
+            op = general(concrete)(self, concrete, None)
+            made = Node(self.name("sibling"), Meta(self.shape_of(op)), op, 0)
+            self._identify(op.input.node, node)  # type: ignore[attr-defined]
+            found.append(self._enter(made, op))
+        return found
+
     def only_user(self, producer: Any, user: Any) -> bool:
         source = find((producer.out if not isinstance(producer, Value) else producer).node)
         if source.others is None:
@@ -380,8 +395,14 @@ class Pattern(Rewriter):
         super().require(condition, reason)
         self.requirements[reason] = None
 
-    def pays(self, old: Any, new: Value) -> None:
+    def pays(self, old: Any, *new: Value) -> None:
         """What is faster is not a matter of proof."""
+
+    def cheapest(self, *ways: Callable[[], Value]) -> Value:
+        return self.choose(ways, "the way")()
+
+    def replace(self, value: Value, by: Value) -> None:
+        self.others.append((value, by))
 
     # -- emitting -----------------------------------------------------------------------------
 
@@ -400,3 +421,4 @@ class Pattern(Rewriter):
 
     def rollback(self, since: int = 0) -> None:
         del self.made[since:]
+        self.others = [pair for pair in self.others if pair[1].node in self.made]

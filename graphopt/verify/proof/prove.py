@@ -129,7 +129,8 @@ def _prove_level(rewrite: Rewrite, depth: int, until: float) -> tuple[Proof, boo
             break
         elif visit.result is not None:
             try:
-                residual = compare(pattern, visit.root.out, visit.result)
+                pairs = [(visit.root.out, visit.result), *pattern.others]
+                residual = next(filter(None, (compare(pattern, *pair) for pair in pairs)), "")
             except (Infeasible, ShapeError):
                 continue
             except TimeoutError:

@@ -298,8 +298,9 @@ class Symbols(Pattern):
                 return
 
     def _positive(self, a: Any, b: Any) -> bool:
-        if a == 0 and b.is_Symbol:
-            self.space.learn(b, sp.Symbol(str(b), real=True, positive=True))
+        base = 1 / b if b.is_Pow and b.exp == -1 else b
+        if a == 0 and base.is_Symbol:
+            self.space.learn(base, sp.Symbol(str(base), real=True, positive=True))
         return True
 
     def _ask(self, yes: str, no: str, learn: Callable[[], bool]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy as sp
+
 from graphopt.ir import ops
 from graphopt.ir.value import Value
 from graphopt.verify.proof.algebra import Space
@@ -15,11 +17,13 @@ from graphopt.verify.proof.notation.base import (
     _same,
     broadcast_sizes,
     entry,
+    exponential,
     literally,
     sizes,
+    unknown,
 )
 from graphopt.verify.proof.polynomials import sym
-from graphopt.verify.proof.terms import Delta, Expr, factor
+from graphopt.verify.proof.terms import Delta, Expr, factor, number
 
 
 def _padding(op: Any, s: Space | None = None) -> tuple[Any, ...]:
@@ -221,3 +225,29 @@ def _(op: ops.Gather) -> Sizes:
 @sizes.register
 def _(op: ops.Attention) -> Sizes:
     return (*op.query.shape[:-1], op.value.shape[-1])
+
+
+@sizes.register
+def _(op: ops.Attention) -> Sizes:
+    _same(op.query.shape[-1], op.key.shape[-1], "the features of queries and keys")
+    _same(op.key.shape[-2], op.value.shape[-2], "keys and values")
+    return (*op.query.shape[:-1], op.value.shape[-1])
+
+
+@entry.register
+def _(op: ops.Attention, at: Index, r: Reader) -> Expr:
+    if op.is_causal or op.dropout_p or op.enable_gqa:
+        return unknown(op, at, r)
+    *lead, i, e = at
+    (j,) = r.indices((op.key.shape[-2],), "j")
+    (d,) = r.indices((op.key.shape[-1],), "d")
+    products = r.space.product(r.at(op.query, (*lead, i, d)), r.at(op.key, (*lead, j, d)))
+    width = sym(op.query.shape[-1])
+    scale = width ** sp.Rational(-1, 2) if op.scale is None else sym(op.scale)
+    score = r.space.product(number(scale), r.space.sum((d,), products))
+    if op.attn_mask is not None:
+        score = score + r.broadcast(op.attn_mask, (*lead, i, j))
+    weight = exponential(score, r)
+    total = r.space.power(r.space.sum((j,), weight), -1)
+    average = r.space.sum((j,), r.space.product(weight, r.at(op.value, (*lead, j, e))))
+    return r.space.product(average, total)

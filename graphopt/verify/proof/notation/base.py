@@ -61,6 +61,14 @@ class Reader:
         return tuple(self.space.index(sym(size), name) for size in shape)
 
 
+def exponential(power: Expr, r: Reader) -> Expr:
+    """exp(a + b) as exp(a) exp(b)."""
+    parts = [r.space.call("exp", (), (Expr((term,)),)) for term in r.space.normal(power).terms]
+    if len(parts) > 1:
+        r.space.laws["exp(a + b) = exp(a) exp(b)"] = None
+    return r.space.product(*parts)
+
+
 def literally(size: Any, value: int) -> bool:
     """Whether a size is this very number, whatever the symbols stand for."""
     return bool(sym(size) == value)
@@ -78,8 +86,10 @@ def entry(op: Any, at: Index, r: Reader) -> Expr:
     return unknown(op, at, r)
 
 
-def unknown(op: Any, at: Index, r: Reader) -> Expr:
-    """An entry of a tensor that the operands and options determine, but nobody knows how."""
+def unknown(op: Any, at: Index, r: Reader, homogeneous: bool = False) -> Expr:
+    """An entry of a tensor that the operands and options determine, but nobody knows how; where
+    `homogeneous`, f(c x) = c f(x) for c > 0 is applied."""
+    outside: list[Expr] = []
 
     def name(value: Any) -> str:
         if isinstance(value, (tuple, list)):
@@ -89,11 +99,20 @@ def unknown(op: Any, at: Index, r: Reader) -> Expr:
         generic = tuple(
             r.space.named(f"@{axis}:{sym(size)}", size) for axis, size in enumerate(value.shape)
         )
-        return f"{r.space.normal(r.at(value, generic))}: [{', '.join(map(str, value.shape))}]"
+        inside = r.space.normal(r.at(value, generic))
+        if homogeneous and inside.terms:
+            rest, common = r.space.positive_content(inside)
+            if common is not None and not any(one.indices() for one, _ in common.terms[0].factors):
+                inside = r.space.normal(rest)
+                outside.append(common)
+                r.space.laws[f"{type(op).__name__}(c x) = c {type(op).__name__}(x) for c > 0"] = (
+                    None
+                )
+        return f"{inside}: [{', '.join(map(str, value.shape))}]"
 
     fields = [one.name for one in dataclasses.fields(op) if one.name != "out"]
     options = ", ".join(name(getattr(op, field)) for field in fields)
-    return element(f"{type(op).__name__}({options})", at)
+    return r.space.product(*outside, element(f"{type(op).__name__}({options})", at))
 
 
 def broadcast_sizes(*operands: Any) -> Sizes:

@@ -12,6 +12,7 @@ from graphopt.verify.proof.notation.base import (
     Index,
     Reader,
     entry,
+    exponential,
     unknown,
 )
 from graphopt.verify.proof.polynomials import sym
@@ -84,11 +85,10 @@ def _(op: ops.Softmax, at: Index, r: Reader) -> Expr:
     dim = op.dim % op.input.ndim
     (j,) = r.indices((op.input.shape[dim],), "j")
 
-    def exponential(i: Any) -> Expr:
-        return r.space.call("exp", (), (r.at(op.input, (*at[:dim], i, *at[dim + 1 :])),))
+    def weight(i: Any) -> Expr:
+        return exponential(r.at(op.input, (*at[:dim], i, *at[dim + 1 :])), r)
 
-    total = r.space.sum((j,), exponential(j))
-    return r.space.product(exponential(at[dim]), r.space.power(total, -1))
+    return r.space.product(weight(at[dim]), r.space.power(r.space.sum((j,), weight(j)), -1))
 
 
 @entry.register

@@ -107,6 +107,15 @@ def _(op: ops.Activation, at: Index, r: Reader) -> Expr:
     return r.space.call(name, _plain(options), (inner,), op.positively_homogeneous)
 
 
+@entry.register
+def _(op: ops.PRelu, at: Index, r: Reader) -> Expr:
+    """relu(x) + slope (x - relu(x))"""
+    x = r.at(op.input, at)
+    positive = r.space.call("relu", (), (x,), True)
+    slope = r.at(op.weight, (at[1] if op.weight.shape[0] != 1 and len(at) > 1 else 0,))
+    return positive + r.space.product(slope, x - positive)
+
+
 def _plain(options: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(sym(one) if isinstance(one, (int, float)) else one for one in options)
 

@@ -19,6 +19,7 @@ from graphopt.verify.proof.notation.base import (
     entry,
     literally,
     sizes,
+    unknown,
 )
 from graphopt.verify.proof.polynomials import sym
 from graphopt.verify.proof.terms import Expr, Inside, element, factor, number
@@ -153,3 +154,8 @@ def _(op: Any, at: Index, r: Reader) -> Expr:
         for size, to, p, j in zip(image, sizes(op)[lead:], at[lead:], over, strict=True)
     ]
     return r.space.sum(over, r.space.product(*weights, r.at(op.input, (*at[:lead], *over))))
+
+
+@entry.register
+def _(op: ops.MaxPool, at: Index, r: Reader) -> Expr:
+    return unknown(op, at, r, homogeneous=True)
