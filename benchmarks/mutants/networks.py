@@ -123,7 +123,8 @@ NETWORKS = {
     "stack_concatenated": """cat(conv(), conv()); cat(conv(), conv(bias=False), nn.Conv2d(4, 2, 3))
         cat(conv(padding=1), nn.Identity(), conv(padding=1))
         cat(conv(padding=1), conv(padding=1, groups=2))
-        cat(conv(padding=1), conv(padding=1), nn.ReLU()); cat(conv(stride=2, padding=1), nn.Conv2d(4, 4, 2, 2))
+        cat(conv(padding=1), conv(padding=1), nn.ReLU())
+        cat(conv(stride=2, padding=1), nn.Conv2d(4, 4, 2, 2))
         cat(nn.Linear(6, 6), nn.Linear(6, 6)); torch.cat([c(x), c(-x)], 1); torch.cat([c(x), c(x + 1)], 2)
         torch.cat([F.linear(x, x.new_ones(5, 6)), F.linear(x, c.weight.reshape(-1, 6))], -1)""",
     "stack_siblings": """sub(nn.Linear(6, 6), nn.Linear(6, 6)); sub(nn.Linear(6, 6), nn.Linear(6, 6, False))

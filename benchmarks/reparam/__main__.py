@@ -25,27 +25,28 @@ def main(
 ) -> None:
     """Measure every model and print the table; exits with 1 if one has more ops than published.
 
-    A row is kept as soon as it is measured, and replaces the model's former one. Without latency, the
-    former latencies are kept if the ops are still as many.
+    A row is kept as soon as it is measured, and replaces the model's former one, whose latencies stay
+    until they are measured again if the ops are still as many. Nothing else may use the cores.
     """
     for name in model or ():
         if name not in MODELS:
             raise typer.BadParameter(f"unknown model {name!r}; expected {', '.join(MODELS)}")
+    if latency and (load := os.getloadavg()[0]) > 0.5:
+        print(f"latencies will be wrong: the load is {load:.1f}, something else runs here")
     warnings.simplefilter("ignore")
     about = {"torch": torch.__version__, "backend": backend, "cores": os.cpu_count()}
-    text = ""
     wrong = []
     for name in model or MODELS:
         row = rows.measure(name, forms(name))
+        former = table.read(out).get(name)
+        if former is not None and former.ops == row.ops:
+            row.latency = former.latency
+        text = table.keep(out, about, row)
+        print(row, flush=True)
         if latency:
             row.latency = timing.in_subprocess(name, backend, timeout)
-        known = table.read(out)
-        former = known.get(name)
-        if not latency and former is not None and former.ops == row.ops:
-            row.latency = former.latency
-        known[name] = row
-        text = table.write(out, about, [known[one] for one in MODELS if one in known])
-        print(row, flush=True)
+            text = table.keep(out, about, row)
+            print(row.latency, flush=True)
         if not row.right:
             wrong.append(name)
     print(text)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reparam.models import MODELS
 from benchmarks.reparam.row import Row
 
 
@@ -20,10 +21,12 @@ def read(folder: Path) -> dict[str, Row]:
     return {data["model"]: Row.from_dict(data) for data in json.loads(path.read_text())["rows"]}
 
 
-def write(folder: Path, about: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Replace both files; returns the table."""
+def keep(folder: Path, about: dict[str, Any], row: Row) -> str:
+    """Put a row into both files, in place of the model's former one; returns the table."""
+    known = read(folder) | {row.model: row}
+    rows = [known[name] for name in MODELS if name in known]
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+    data = {"about": about, "rows": [dataclasses.asdict(one) for one in rows]}
     (folder / "reparam.json").write_text(json.dumps(data, indent=1) + "\n")
     text = markdown(about, rows)
     (folder / "reparam.md").write_text(text)
@@ -32,8 +35,7 @@ def write(folder: Path, about: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def markdown(about: dict[str, Any], rows: Sequence[Row]) -> str:
     conditions = list(dict.fromkeys(key for row in rows for key in row.latency))
-    head = ["model", "ops before", "after", "published", "float64 error",
-            *(f"{one}: to training, to published" for one in conditions)]  # fmt: skip
+    head = ["model", "ops before", "after", "published", "float64 error", *conditions]
     lines = ["# Models that train with branches", "",
              ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
              "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]  # fmt: skip
@@ -42,16 +44,15 @@ def markdown(about: dict[str, Any], rows: Sequence[Row]) -> str:
         cells += [_ratios(row, one) for one in conditions]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if conditions:
-        lines += ["", "Latency of ours over another's, medians of runs in turn; below 1, ours is "
-                  "faster. Geometric mean of all models and conditions: "
-                  f"{_mean(rows, 'to_training'):.3f} of the training form, "
-                  f"{_mean(rows, 'to_deploy'):.3f} of the published deploy form."]  # fmt: skip
+        lines += ["", "Latency of ours over that of the training form / of the published deploy form, "
+                  "medians of runs in turn; below 1, ours is faster. Geometric mean of all: "
+                  f"{_mean(rows, 'to_training'):.3f} / {_mean(rows, 'to_deploy'):.3f}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def _ratios(row: Row, condition: str) -> str:
     found = row.latency.get(condition)
-    return f"{found.to_training:.2f}, {found.to_deploy:.2f}" if found else "-"
+    return f"{found.to_training:.2f} / {found.to_deploy:.2f}" if found else "-"
 
 
 def _mean(rows: Sequence[Row], of: str) -> float:

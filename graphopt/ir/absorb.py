@@ -108,6 +108,10 @@ def _(product: ops.Matmul, rw: Rewriter, by: Affine) -> Value:
 
 def _either(op: Any, rw: Rewriter, by: Affine, *operands: str) -> Value:
     """A number into the first of several factors that takes it."""
+    rw.require(
+        getattr(op, operands[0]) != getattr(op, operands[-1]),
+        f"{describe(op.out)} reads the same value twice",
+    )
     refusal, start = None, len(rw.made)
     for name in operands:
         try:

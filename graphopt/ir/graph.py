@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
@@ -179,8 +180,10 @@ class Graph:
         return free
 
     def _is_free(self, name: str) -> bool:
-        """Whether a state may get this name: unused, no module has it, no tensor is on its path."""
+        """Whether a state may get this name: unused, no module has it or would, no tensor is on its
+        path."""
         taken = name in self.states or name in self.aliases or name in self._modules
+        taken = taken or hasattr(nn.Module, name.rpartition(".")[2])  # `to`, `training`, ...
         return not taken and not any(one in self.states for one in _prefixes(name))
 
     def rename_state(self, name: str, wish: str) -> str:

@@ -51,6 +51,7 @@ def absorb_into_conv(conv: ops.Conv, rw: Rewriter) -> Value:
 @rewrite
 def drop_key_bias(attention: ops.Attention, rw: Rewriter) -> Value:
     """softmax(q (k + 1 b^T)^T) = softmax(q k^T)."""
+    rw.match(attention.key != attention.value and attention.key != attention.query)
     key, axes, _ = _unbiased(rw, attention.key, attention)
     rw.match(attention.key.ndim - 2 not in axes)
     return rw.emit_like(attention, key=key)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.ir import ops
+from graphopt.ir.driver import Session
 from graphopt.ir.rewrite import Rewriter, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
+from graphopt.passes.canonicalize import merge_duplicates
 
 
 @rewrite
@@ -62,7 +64,8 @@ def _alike(left: Any, right: Any) -> bool:
     """Whether two maps of one class read the same input in the same way."""
     if left.input != right.input or left.weight.dtype != right.weight.dtype:
         return False
-    if not (left.weight.is_constant and right.weight.is_constant):
+    parameters = (left.weight, left.bias, right.weight, right.bias)
+    if not all(one is None or one.is_constant for one in parameters):
         return False
     if isinstance(left, ops.Linear):
         return True
@@ -95,3 +98,8 @@ class StackSiblings(RewritePass):
 
     name = "stack-siblings"
     rewrites = (stack_concatenated, stack_siblings)
+
+    def run(self, session: Session) -> None:
+        for one in self.rewrites:  # slices that are concatenated again are no siblings
+            session.run([one])
+        merge_duplicates(session)  # the same weights may be stacked for several inputs

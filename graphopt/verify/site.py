@@ -8,6 +8,7 @@ two computations are the same; it is evaluated both ways from there.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,10 +47,21 @@ class SiteValidator:
                 site.add(node)
         except Exception as error:
             return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
-        verdict = compare(site, old, new)
+        verdict = self._unfit(site, inner) or compare(site, old, new)
         if verdict.ok:
             self._evaluator.keep(new, site.values[new])
         return verdict
+
+    def _unfit(self, site: Site, nodes: Iterable[fx.Node]) -> Verdict | None:
+        """A parameter that its own dtype could not hold."""
+        for node in filter(self.graph.is_constant, nodes):
+            dtype, value = getattr(node.meta.get("val"), "dtype", None), site.values[node]
+            if dtype is None or not dtype.is_floating_point or not value.numel():
+                continue
+            size, limits = float(value.abs().max()), torch.finfo(dtype)
+            if math.isfinite(size) and (size > limits.max or 0 < size < limits.tiny):
+                return Verdict(False, reason=f"{node.name} of size {size:.1e} does not fit {dtype}")
+        return None
 
     def _own(self, node: fx.Node) -> Any:
         """The value of a node in its own dtype; of a state, what is stored."""

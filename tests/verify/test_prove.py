@@ -51,12 +51,13 @@ def proved(rule: Any, depth: int = 1, seconds: float = 100.0) -> Proof:
 
 @pytest.mark.parametrize("one", REWRITES)
 def test_every_rewrite_is_proved_or_says_why_not(one):
-    """To depth 1: every op that a law goes through, between the root and anything."""
+    """To depth 1 or as deep as it takes to match: every op that a law goes through, between the root
+    and anything."""
     if one.unproved:
         assert isinstance(one.contract, Exact), "only bitwise comparison replaces a proof"
         return
     found = prove(one, depth=1, seconds=600.0)
-    assert found.proved and found.depth == 1 and found.cases > 0, str(found)
+    assert found.proved and found.depth >= 1 and found.cases > 0, str(found)
     kept = json.loads(SHIPPED.read_text()).get(key(one, 1), {})
     assert kept.get("proved"), "sources have changed; run `python -m benchmarks.proofs`"
 

@@ -227,6 +227,9 @@ class PRelu(Activation):
     input: Value
     weight: Value
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return magnitude(self.input) * magnitude(self.weight).max().clamp(min=1.0)
+
 
 @op("clamp.default", "hardtanh.default", "relu6.default", "clamp_min.default",
     "clamp_max.default", "clip.default")  # fmt: skip

@@ -27,6 +27,8 @@ from graphopt.verify.proof.notation import ShapeError
 from graphopt.verify.proof.pattern import Gap, Infeasible, find
 from graphopt.verify.proof.symbols import Symbols
 
+DEEPER = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
@@ -69,13 +71,16 @@ def prove(rewrite: Any, *, depth: int = 3, seconds: float = 10.0) -> Proof:
 
     Args:
         rewrite: a `Rewrite`, or a function that `graphopt.rewrite` would take.
-        depth: how many ops below the root may be looked at, at most.
+        depth: how many ops below the root may be looked at, at most; if it takes more to match at
+            all, as many as that.
         seconds: after which no deeper patterns are begun, and those begun are left.
     """
     start = time.perf_counter()
     one = rewrite if isinstance(rewrite, Rewrite) else as_rewrite(rewrite)
     done = Proof(one.name, False, residual=_unknown_root(one))
-    for level in range(0 if done.residual else depth + 1):
+    for level in range(0 if done.residual else depth + DEEPER + 1):
+        if level > depth and done.cases:
+            break
         try:
             with interrupted_after(start + seconds + 1 - time.perf_counter()):
                 proof, late = _prove_level(one, level, start + seconds)
