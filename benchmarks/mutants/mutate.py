@@ -91,13 +91,20 @@ class Mutant:
                 stack.enter_context(mock.patch.object(cls, law.node.name, method))
                 module = importlib.import_module(home)
             else:
-                modules = stack.enter_context(mock.patch.dict(sys.modules))
-                for name in (*LAWS, home):
-                    source = inspect.getsource(importlib.import_module(name))
-                    text = self.source(law.tree) if name == law.home else source
-                    modules[name] = _executed(name, text)
-                module = modules[home]
+                module = self._rebuilt(home)
             yield vars(module)[rewrite]
+
+    def _rebuilt(self, home: str) -> types.ModuleType:
+        """A copy of the module `home` that has the mutant, also where it imports it."""
+        originals = {name: importlib.import_module(name) for name in (*LAWS, home)}
+        try:
+            for name, module in originals.items():
+                mutated = name == self.law.home
+                text = self.source(self.law.tree) if mutated else inspect.getsource(module)
+                sys.modules[name] = _executed(name, text)
+            return sys.modules[home]
+        finally:
+            sys.modules.update(originals)
 
 
 def _executed(name: str, source: str) -> types.ModuleType:
