@@ -78,6 +78,9 @@ EQUIVALENT = {
     ("merge_branches", "if not alone or value.op is None: break  ->  if False: break"):
         "what goes away only enters the estimate of costs",
     ("merge_branches", "i + j  ->  i"): f"an identity in front is no branch any more: {_FEWER}",
+    ("absorb_number: _absorb[ops.Slice]", "rw.decline(f'its input is computed by {describe(whole)}, "
+     "which a scale and shift cannot enter')  ->  (nothing)"):
+        "a number has no axis, so it enters the whole that is sliced",
     ("add_negative_branch: _meeting", "*"): _NEGATED,
     ("add_negative_branch: branch", "*"): _NEGATED,
     ("add_negative_branch: margins", "*"): _NEGATED,
