@@ -94,9 +94,9 @@ NETWORKS = {
         add(nn.Linear(6, 6, False), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)))
         add(nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
         add(nn.Linear(6, 6), nn.Linear(6, 6, False)); add(nn.Linear(6, 6), nn.ReLU())""",
-    "absorb_number": """c(x) * 2.0; c(x) + 0.5; 0.5 - c(x); c(x) / 4.0; 3.0 - c(x) * 2.0
+    "absorb_number": """c(x) * 2.0; c(x) - 0.5; 0.5 - c(x); c(x) / 4.0; 3.0 - c(x) * 2.0
         (c(x) + c(-x)) * 0.5; (c(x) - s.reshape(4, 1, 1)) * 0.5; c(x).relu() * 2.0
-        c(x).relu() * -2.0; F.max_pool2d(c(x), 2) * 3.0; torch.cat([c(x), c(-x)], 2) * 0.5
+        c(x).relu() * -2.0; F.max_pool2d(c(x), 2) * 3.0; torch.cat([c(x), c(-x)], 2) + 0.5
         c(x).flatten(2) * 2.0; c(x).permute(0, 2, 3, 1) + 1.0; F.pad(c(x), (1, 1)) + 1.0
         F.pad(c(x), (1, 1)) * 3.0; c(x).mean((2, 3)) + 1.0; F.avg_pool2d(c(x), 2, 1, 1) + 1.0
         (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
