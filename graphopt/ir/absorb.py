@@ -309,6 +309,7 @@ def _(piece: ops.Slice, rw: Rewriter, by: Affine) -> Value:
         return rw.emit_like(piece, input=absorb(rw, piece.input, by, piece))
     whole, channels = piece.input, piece.input.shape[piece.dim]
     rw.require(isinstance(channels, int), f"{describe(piece.out)} cuts a dynamic size")
+    rw.require(piece.step == 1, f"{describe(piece.out)} leaves channels out")
     first, last = _range(piece)
     others = []
     for user in whole.users:
