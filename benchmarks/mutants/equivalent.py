@@ -81,6 +81,13 @@ EQUIVALENT = {
     ("absorb_number: _absorb[ops.Slice]", "rw.decline(f'its input is computed by {describe(whole)}, "
      "which a scale and shift cannot enter')  ->  (nothing)"):
         "a number has no axis, so it enters the whole that is sliced",
+    ("keeps_sign", "scale is None or bool(scale > 0)  ->  scale is None"):
+        f"no number passes a ReLU any more: {_FEWER}",
+    ("drop_key_bias", "attention.key != attention.value and attention.key != attention.query  ->  "
+     "attention.key != attention.value or attention.key != attention.query"):
+        "a key that is also the query or the value is computed twice: a cost, and right",
+    ("move_value_bias", "widen(outer.weight, bias)  ->  outer.weight"):
+        "the other factor is widened, and a product has the wider dtype of the two",
     ("add_negative_branch: _meeting", "*"): _NEGATED,
     ("add_negative_branch: branch", "*"): _NEGATED,
     ("add_negative_branch: margins", "*"): _NEGATED,

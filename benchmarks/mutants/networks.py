@@ -100,7 +100,8 @@ NETWORKS = {
         c(x).flatten(2) * 2.0; c(x).permute(0, 2, 3, 1) + 1.0; F.pad(c(x), (1, 1)) + 1.0
         F.pad(c(x), (1, 1)) * 3.0; c(x).mean((2, 3)) + 1.0; F.avg_pool2d(c(x), 2, 1, 1) + 1.0
         (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
-        F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0""",
+        F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0
+        up(groups=2), norm(), times(2.0)""",
     "absorb_into_linear": """F.linear(x * 2.0, c.weight.reshape(-1, 6))
         F.linear(x.relu() * 2.0, c.weight.reshape(-1, 6))
         F.linear((x[..., :4] * s).relu(), s.diag()); F.linear(x[..., :4] + s, s.diag(), s)
@@ -115,11 +116,16 @@ NETWORKS = {
         F.conv2d(x - s.reshape(4, 1, 1), c.weight[:1], padding=1); c(F.max_pool2d(x * 3.0, 3, 1))
         c(F.max_pool2d(x * -3.0, 3, 1)); c((x + s.reshape(4, 1, 1)).relu()); c(F.pad(x * 2.0, (1, 1)))
         F.conv_transpose2d(x + 1.0, c.weight[:, :, :1]); c(F.avg_pool2d(x + 1.0, 2, 1))
-        F.conv2d(x * s.reshape(4, 1, 1), c.weight[:, :2], groups=2); c((x * s.reshape(4, 1, 1)).relu())""",
+        F.conv2d(x * s.reshape(4, 1, 1), c.weight[:, :2], groups=2); c((x * s.reshape(4, 1, 1)).relu())
+        c((torch.stack([x, -x]) * 2.0).mean(0)); c((torch.stack([x, -x]) * s.reshape(4, 1, 1)).mean(0))
+        c((torch.stack([x, -x, x, x], 2) * s.reshape(4, 1, 1, 1)).mean(1))
+        c((x.unflatten(1, (2, 2)) * s[:2].reshape(2, 1, 1, 1)).flatten(1, 2))
+        F.conv1d((x * s.reshape(4, 1, 1)).reshape(-1, 8, 18), x.new_ones(3, 8, 2))""",
     "drop_key_bias": """attend(); attend(heads=2); attend(turned=True); attend(bias=False)
         attend(heads=2, scaled=True)""",
     "move_value_bias": """attend(); attend(heads=2); attend(turned=True); attend(masked=True)
-        attend(bias=False); attend(heads=2, out=False); attend(causal=True)""",
+        attend(bias=False); attend(heads=2, out=False); attend(causal=True)
+        attend(heads=2, mixed=True)""",
     "stack_concatenated": """cat(conv(), conv()); cat(conv(), conv(bias=False), nn.Conv2d(4, 2, 3))
         cat(conv(padding=1), nn.Identity(), conv(padding=1))
         cat(conv(padding=1), conv(padding=1, groups=2))
@@ -152,6 +158,7 @@ class Net(torch.nn.Module):
             "cat": lambda *terms: Total(terms, 0), "attend": Attend,
             "mean": lambda dim: Apply(lambda x: x.mean(dim)),
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
+            "times": lambda by: Apply(lambda x: x * by),
         }  # fmt: skip
         chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend)", text)
         self.text = text
@@ -174,30 +181,31 @@ class Apply(torch.nn.Module):
 
 
 class Attend(torch.nn.Module):
-    """Attention with projections."""
+    """Attention with projections; `masked` leaves some queries nothing, `mixed` mixes the heads of
+    different queries."""
 
     def __init__(
         self, heads: int = 1, bias: bool = True, turned: bool = False, masked: bool = False,
-        causal: bool = False, scaled: bool = False, out: bool = True,
+        causal: bool = False, scaled: bool = False, out: bool = True, mixed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.q, self.k, self.v = (torch.nn.Linear(6, 4, bias=bias) for _ in range(3))
         self.out = torch.nn.Linear(4, 3, bias=out)
         self.heads, self.turned, self.masked, self.scaled = heads, turned, masked, scaled
-        self.causal = causal
+        self.causal, self.mixed = causal, mixed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1, 2)
         q, k, v = (self.split(one(x)) for one in (self.q, self.k, self.v))
         if self.turned:
             k = k * torch.arange(1.0, 25.0, dtype=k.dtype)[:, None]
-        mask = torch.arange(24) > 3 if self.masked else None
-        mask = mask.to(x.dtype).expand(24, 24) if mask is not None else None
+        mask = (torch.arange(24)[:, None] > 3).expand(24, 24) if self.masked else None
         options = {"scale": 0.25} if self.scaled else {}
         y = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, is_causal=self.causal, **options
         )
-        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        y = y if self.mixed else y.transpose(1, 2)
+        return self.out(y.reshape(-1, 24, 4))  # type: ignore[no-any-return]
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
