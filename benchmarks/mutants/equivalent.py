@@ -72,6 +72,8 @@ EQUIVALENT = {
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
      "for last in range(axis + 2, len(before)):"):
         f"two axes merged into one are not recognized any more: {_FEWER}",
+    ("merged_axis", "before  ->  after"):
+        f"counts fewer axes, or those beyond the last once more: {_FEWER}",
     ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
      "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
     ("merge_branches", "not alone  ->  alone"): "what goes away only enters the estimate of costs",

@@ -136,6 +136,15 @@ def reached(home: str, name: str) -> list[Law]:
         for law in [one for one in left if one.name.partition("[")[0] == wanted]:
             left.remove(law)
             found.append(law)
-            for node in ast.walk(law.node):
-                waiting += [getattr(node, "id", None) or getattr(node, "attr", None) or ""]
+            waiting += _names(law.node)
     return found
+
+
+def _names(function: ast.FunctionDef) -> list[str]:
+    """The names that a function reads and does not bind itself, and those of attributes."""
+    nodes = list(ast.walk(function))
+    bound = {one.arg for one in nodes if isinstance(one, ast.arg)}
+    names = [one for one in nodes if isinstance(one, ast.Name)]
+    bound |= {one.id for one in names if isinstance(one.ctx, ast.Store)}
+    attributes = [one.attr for one in nodes if isinstance(one, ast.Attribute)]
+    return [one.id for one in names if one.id not in bound] + attributes

@@ -101,7 +101,10 @@ NETWORKS = {
         F.pad(c(x), (1, 1)) * 3.0; c(x).mean((2, 3)) + 1.0; F.avg_pool2d(c(x), 2, 1, 1) + 1.0
         (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
         F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0
-        up(groups=2), norm(), times(2.0)""",
+        up(groups=2), norm(), times(2.0)
+        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y[:, 2:])(c(x))
+        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y[:, 1:3])(c(x))
+        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y.flip(1)[:, :2])(c(x))""",
     "absorb_into_linear": """F.linear(x * 2.0, c.weight.reshape(-1, 6))
         F.linear(x.relu() * 2.0, c.weight.reshape(-1, 6))
         F.linear((x[..., :4] * s).relu(), s.diag()); F.linear(x[..., :4] + s, s.diag(), s)
