@@ -102,9 +102,9 @@ NETWORKS = {
         (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
         F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0
         up(groups=2), norm(), times(2.0)
-        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y[:, 2:])(c(x))
-        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y[:, 1:3])(c(x))
-        (lambda y: F.batch_norm(y[:, :2], s[:2], s[2:]) * 2.0 + y.flip(1)[:, :2])(c(x))""",
+        (lambda y: half(y, s) * 2.0 + y.narrow(1, 2, 2))(c(x))
+        (lambda y: half(y, s) * 2.0 + y.narrow(1, 1, 2))(c(x))
+        (lambda y: half(y, s) * 2.0 + y.flip(1).narrow(1, 0, 2))(c(x))""",
     "absorb_into_linear": """F.linear(x * 2.0, c.weight.reshape(-1, 6))
         F.linear(x.relu() * 2.0, c.weight.reshape(-1, 6))
         F.linear((x[..., :4] * s).relu(), s.diag()); F.linear(x[..., :4] + s, s.diag(), s)
@@ -161,6 +161,7 @@ class Net(torch.nn.Module):
             "cat": lambda *terms: Total(terms, 0), "attend": Attend,
             "mean": lambda dim: Apply(lambda x: x.mean(dim)),
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
+            "half": lambda x, s: nn.functional.batch_norm(x.narrow(1, 0, 2), *s.detach().split(2)),
             "times": lambda by: Apply(lambda x: x * by),
         }  # fmt: skip
         chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend)", text)
