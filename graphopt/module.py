@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,18 +130,20 @@ class OptimizedModule(nn.Module):
             InputError: naming the input, what was expected and what was found.
         """
         signature: Signature = self._signature
-        wanted_args, wanted_kwargs = _arity(signature)
-        if len(args) != wanted_args or set(kwargs) != set(wanted_kwargs):
-            args, kwargs = _rearrange(signature, args, kwargs, wanted_args, wanted_kwargs)
-        kwargs = {key: kwargs[key] for key in wanted_kwargs}
+        count, keys = signature.arity
+        if len(args) != count or kwargs.keys() != set(keys):
+            args, kwargs = _rearrange(signature, args, kwargs, count, keys)
+        kwargs = {key: kwargs[key] for key in keys}
         if torch.compiler.is_compiling():
             return args, kwargs
-        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-        if spec != signature.in_spec:
-            raise InputError(
-                f"inputs are structured as {_structure(args, kwargs)}; the model was captured with "
-                f"{len(signature.inputs)} leaves: {', '.join(signature.names)}"
-            )
+        leaves: Sequence[Any] = args
+        if not (signature.flat and all(isinstance(one, torch.Tensor) for one in args)):
+            leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+            if spec != signature.in_spec:
+                raise InputError(
+                    f"inputs are structured as {_structure(args, kwargs)}; the model was captured "
+                    f"with {len(signature.inputs)} leaves: {', '.join(signature.names)}"
+                )
         sizes: dict[str, int] = {}
         placeholders = _placeholders(self._inner)
         for node, name, leaf, constant in zip(
@@ -292,13 +294,8 @@ def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
     return found
 
 
-def _arity(signature: Signature) -> tuple[int, list[str]]:
-    args_spec, kwargs_spec = signature.in_spec.children()
-    return args_spec.num_children, list(kwargs_spec.context)
-
-
 def _argument_names(signature: Signature) -> list[str]:
-    count, keys = _arity(signature)
+    count, keys = signature.arity
     positional = [name for name, kind, _ in signature.parameters if kind <= 1]
     names = positional[:count] if len(positional) >= count else [f"arg_{i}" for i in range(count)]
     return [*names, *keys]

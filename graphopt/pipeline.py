@@ -33,7 +33,8 @@ from graphopt.passes.base import (
 from graphopt.sources import SourceError, import_object
 
 PRESETS = {
-    "tune": "canonicalize,[fold-batch-norm,absorb-scales,merge-sequences,merge-branches],canonicalize",
+    "tune": "canonicalize,"
+    "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],canonicalize",
     "deploy": "tune,stack-siblings,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("hypothesis")
 pytest.importorskip("benchmarks.mutants", reason="benchmarks are not installed")
 
-from benchmarks.mutants import changes, judges
+from benchmarks.mutants import changes, executed, judges
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -34,4 +34,4 @@ def test_a_change_is_taken_back() -> None:
 
 def _sampled() -> list:
     name = "fold_batch_norm"
-    return changes.sample(judges.rewrites()[name], name, 0, 5)
+    return changes.sample(executed.rewrites()[name], name, 0, 5, executed.executed(name))

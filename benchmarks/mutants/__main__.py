@@ -14,7 +14,8 @@ import torch
 import typer
 
 from benchmarks.mutants.changes import sample
-from benchmarks.mutants.judges import JUDGES, judged, rewrites
+from benchmarks.mutants.executed import executed, rewrites
+from benchmarks.mutants.judges import JUDGES, judged
 from benchmarks.mutants.table import markdown, spelled, table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -27,25 +28,31 @@ def main(
     workers: Annotated[int, typer.Option(help="processes, each with one thread")] = 1,
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
 ) -> None:
-    """Judge mutants of every shipped rewrite; exits with 1 if one survives without an argument."""
+    """Judge mutants of every shipped rewrite; exits with 1 if one survives without an argument.
+
+    With `--rewrite`, the rows of the others stay as they are in `out`.
+    """
     shipped = rewrites()
     names = [one.replace("-", "_") for one in rewrite or shipped]
     if unknown := set(names) - set(shipped):
         raise typer.BadParameter(f"unknown {sorted(unknown)}; expected of {', '.join(shipped)}")
     start = time.perf_counter()
-    jobs = [(name, seed, per_rewrite, number) for name in names
-            for number in range(len(sample(shipped[name], name, seed, per_rewrite)))]  # fmt: skip
     rows = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        jobs = [(name, seed, per_rewrite, number, lines)
+                for name, lines in zip(names, pool.map(executed, names), strict=True)
+                for number in range(len(sample(shipped[name], name, seed, per_rewrite, lines)))]  # fmt: skip
         for row in pool.map(judged, *zip(*jobs, strict=True)):
             rows.append(row)
             said = ", ".join(f"{one} {row[one]}" for one in JUDGES)
             print(f"{time.perf_counter() - start:5.0f} s  {row['rewrite']}: {said}  "
                   f"({spelled(row)})", flush=True)  # fmt: skip
+    former = json.loads((out / "mutants.json").read_text())["mutants"] if rewrite else []
+    rows += [row for row in former if row["rewrite"] not in names]
+    rows.sort(key=lambda row: [*shipped, row["rewrite"]].index(row["rewrite"]))
     about = {"torch": torch.__version__, "hypothesis": hypothesis.__version__, "seed": seed,
-             "mutants": len(rows), "workers": workers,
-             "seconds": round(time.perf_counter() - start)}  # fmt: skip
+             "mutants": len(rows)}  # fmt: skip
     text = markdown(rows, about)
     out.mkdir(parents=True, exist_ok=True)
     (out / "mutants.md").write_text(text)

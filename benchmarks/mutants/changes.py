@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks.mutants.executed import Lines
 from benchmarks.mutants.mutate import Law, Mutant, reached
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
@@ -163,14 +164,16 @@ def _calls(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
             yield "bias dropped", _with(call, keywords=[*kept, none])
 
 
-def sample(home: str, name: str, seed: int, count: int) -> list[Mutant]:
+def sample(home: str, name: str, seed: int, count: int, lines: Lines) -> list[Mutant]:
     """`count` mutants of a rewrite and the equivalent ones met on the way: kinds of change in
-    turns, of its own body and of the laws it reaches."""
+    turns, of its own body and of the laws it reaches, where it runs `lines`."""
     rng = random.Random(f"{seed} {name}")
     kinds: dict[tuple[str, bool], list[Mutant]] = {}
     for law in reached(home, name):
         texts = {ast.unparse(law.node)}
         for one in mutants(law):
+            if not lines[law.home].intersection(one.lines):
+                continue
             if (text := one.source(law.node)) not in texts:
                 texts.add(text)
                 kinds.setdefault((one.kind, law.node.name == name), []).append(one)

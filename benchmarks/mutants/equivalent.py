@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _SAME_SHAPE = "the replacement must have the shape of the original, so nothing else is left out"
+_ROUNDING = "the same over the reals: float16 would be rounded once more"
 _ANY_TERM = "(x + a) + b = x + (a + b), and the same of factors, also for a value a"
 _SIZES = (
     "the shape emitted is that of the value replaced, which several dynamic sizes only make "
@@ -72,6 +73,8 @@ EQUIVALENT = {
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
      "for last in range(axis + 2, len(before)):"):
         f"two axes merged into one are not recognized any more: {_FEWER}",
+    ("written", "isinstance(other, Value) or other != 0  ->  other != 0"):
+        "a value is never equal to a number",
     ("merged_axis", "before  ->  after"):
         f"counts fewer axes, or those beyond the last once more: {_FEWER}",
     ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
@@ -83,6 +86,25 @@ EQUIVALENT = {
     ("absorb_number: _absorb[ops.Slice]", "rw.decline(f'its input is computed by {describe(whole)}, "
      "which a scale and shift cannot enter')  ->  (nothing)"):
         "a number has no axis, so it enters the whole that is sliced",
+    ("extract", "rw.require(not others, 'its output is also read by ' + (describe(rw.value("
+     "others[0])) if others else '') + ', which cannot take it in')  ->  (nothing)"):
+        "what others read stays as it is: a cost, and right",
+    ("into_conv", "conv.out  ->  conv.input"): "only enters the estimate of costs",
+    ("_absorb[ops.Addmm]", "product.input.ndim - 1  ->  1 - product.input.ndim"):
+        "axis 0 of one, or -1 of two: the last axis in both cases",
+    ("scale_and_shift", "widen(self.bias)  ->  self.bias"): _ROUNDING,
+    ("written", "widen(other)  ->  other"): _ROUNDING,
+    ("_steps", "if _pointwise(outer) or inner.dilation == reach: return (inner.dilation, ones, ones)"
+     "  ->  if False: return (inner.dilation, ones, ones)"):
+        "the general way, with zeros for the taps between, is right here too",
+    ("_steps", "outer  ->  inner"): "both have as many axes",
+    ("_plain", "left.input  ->  left.out"): "a convolution keeps the number of axes",
+    ("merge_linears: compose_maps", "isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear)"
+     "  ->  isinstance(outer, ops.Linear) or isinstance(inner, ops.Linear)"): "both are linear maps",
+    ("stack_concatenated: _features", "one.out.ndim - 1  ->  one.out.ndim"):
+        f"linear maps are not recognized any more: {_FEWER}",
+    ("stack_siblings: _alike", "return False  ->  return True"):
+        "weights that are computed are stacked at every call: a cost, and right",
     ("keeps_sign", "scale is None or bool(scale > 0)  ->  scale is None"):
         f"no number passes a ReLU any more: {_FEWER}",
     ("drop_key_bias", "attention.key != attention.value and attention.key != attention.query  ->  "

@@ -13,14 +13,14 @@ import torch
 
 import graphopt
 from benchmarks.mutants.changes import sample
+from benchmarks.mutants.executed import Lines, executed, rewrites
 from benchmarks.mutants.networks import networks
 from graphopt.ir.driver import DidNotConverge
 from graphopt.ir.rewrite import Rewrite
-from graphopt.passes.base import available
 from graphopt.testing import Counterexample, check, checking, prove
 from graphopt.verify.model import relative_error
 
-PROVE_SECONDS, CHECK_EXAMPLES, CHECK_PATHS, JUDGE_SECONDS = 5.0, 40, 1500, 25.0
+PROVE_SECONDS, CHECK_EXAMPLES, CHECK_PATHS, JUDGE_SECONDS = 5.0, 40, 1500, 60.0
 JUDGES = ("proof", "property", "site", "together")
 
 
@@ -81,19 +81,16 @@ def by_site(one: Rewrite) -> tuple[str, str]:
     return verdict, wrong or f"applied {applied} times"
 
 
-def rewrites() -> dict[str, str]:
-    """The module of every shipped rewrite, by the name of its function."""
-    shipped = [one for cls in available().values() for one in cls.all_rewrites()]
-    return {one.function.__name__: one.function.__module__ for one in shipped}
-
-
-def judged(name: str, seed: int, count: int, number: int) -> dict[str, Any]:
-    """What the three judges say about mutant `number` of the rewrite called `name`."""
+def judged(
+    name: str, seed: int, count: int, number: int, lines: Lines | None = None
+) -> dict[str, Any]:
+    """What the three judges say about mutant `number` of the rewrite called `name`, which runs
+    `lines`."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _late)
     home = rewrites()[name]
-    mutant = sample(home, name, seed, count)[number]
+    mutant = sample(home, name, seed, count, lines or executed(name))[number]
     row: dict[str, Any] = {"rewrite": name, "function": mutant.law.name, "kind": mutant.kind,
                            "change": mutant.change, "argument": mutant.argument(name)}  # fmt: skip
     with mutant.active(name, home) as one:

@@ -65,6 +65,12 @@ class Mutant:
             before, after = (line.strip() for line in next(changed))
         return f"{before}  ->  {'(nothing)' if isinstance(self.new, ast.Pass) else after}"
 
+    @property
+    def lines(self) -> range:
+        """Where the change is, in the source of its module."""
+        first = getattr(self.old, "lineno", self.law.node.lineno)
+        return range(first, getattr(self.old, "end_lineno", first) + 1)
+
     def argument(self, rewrite: str) -> str:
         """Why the rewrite means the same with this change; empty if no argument is known."""
         places = self.law.name, f"{rewrite}: {self.law.name}"

@@ -12,6 +12,7 @@ import torch
 # Per rewrite, places where it applies and places where it must not: functions of `x` [2, 4, 6, 6],
 # `s` [4] (a parameter) and `c` (a convolution), or the modules of a Sequential.
 _FOLDS = """conv(), norm(); conv(groups=2, bias=False), norm(); up(groups=2), norm()
+    up(groups=4), norm()
     conv(), nn.AvgPool2d(2), norm(); conv(), norm(), norm(); conv(), nn.ZeroPad2d(1), norm()
     conv(), nn.ReLU(), norm(); conv(), nn.Unflatten(1, (2, 2)), nn.Flatten(1, 2), norm()"""
 NETWORKS = {
@@ -58,11 +59,23 @@ NETWORKS = {
         norm(), nn.AvgPool2d(2), conv()
         nn.Flatten(2), nn.Unflatten(2, (4, 3, 3)), norm3(), mean(0), conv()
         norm(), view(-1, 4, 6), nn.Conv1d(4, 4, 3); norm(), nn.Flatten(2), nn.Conv1d(4, 4, 3)
-        norm(), mean(0), conv()""",
+        norm(), mean(0), conv()
+        repeat(3), norm(), view(-1, 24, 36), nn.Conv1d(24, 2, 3)""",
     "fold_scale_shift": """c(x) * s.reshape(4, 1, 1); c(x) - s.reshape(4, 1, 1); c(x) * s
         c(x) / s.reshape(4, 1, 1); s.reshape(4, 1, 1) - c(x); s.reshape(4, 1, 1) + c(x)
         s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()
+        F.avg_pool1d(F.linear(x.flatten(1, 2), c.weight.reshape(-1, 6)[:4]), 2) * s[:2]
         torch.addmm(s, x.reshape(-1, 6), c.weight.flatten()[:24].reshape(6, 4), beta=2) + s""",
+    "collect_terms": """(lambda y: y * s.reshape(4, 1, 1) + y)(c(x)); (lambda y: y + y + c(-x))(c(x))
+        (lambda y: (y - s.reshape(4, 1, 1)) * s.reshape(4, 1, 1) + y)(c(x)); (lambda y: 2.0 * y - y)(c(x))
+        (lambda y: (y * s[0] - 3.0) * 2.0 + (y + 1.0) * s.reshape(4, 1, 1))(c(x))
+        (lambda y: y * 2.0 + y * y)(c(x)); (lambda y: (y + 1.0).float() + y.float())(c(x))
+        (lambda y: s.reshape(4, 1, 1) * (y * 2.0 + 1.0) - (y - 2.0) * 3.0)(c(x))
+        (lambda y: y * s + y * s.reshape(4, 1, 1))(c(x)); add(scale(), nn.Identity()); sub(norm(), norm())
+        (lambda y: y + s.reshape(4, 1, 1) * (y + y))(c(x))""",
+    "gather_terms": """(lambda y: y + (c(-x) + y * s.reshape(4, 1, 1)))(c(x)); c(x) + (c(-x) + x[..., :4, :4])
+        (lambda y: (y + c(-x)) + y * 2.0)(c(x)); (lambda y: (y.mean() + y) + y * 2.0)(c(x))
+        (lambda y: (y * 2.0 + c(-x)) + (y - 1.0))(c(x))""",
     "merge_branches": """add(conv(padding=1), scale()); add(conv(padding=1), norm())
         add(conv(padding=1), nn.Conv2d(4, 4, 1))
         add(nn.Identity(), conv(padding=1, groups=2)); add(conv(padding=1), nn.ReLU())
@@ -72,7 +85,8 @@ NETWORKS = {
         add(conv(stride=4, padding=1), conv(stride=4)); add(up(padding=1), conv(padding=1))
         add(conv(padding=1), nn.AvgPool2d(3, 1, 1, count_include_pad=False))
         add(conv(padding=1), nn.Sequential(nn.Conv2d(4, 4, 1), conv(padding=1)))
-        add(nn.Conv2d(4, 4, 5, padding=2, dilation=1), conv(padding=2, dilation=2), norm())""",
+        add(nn.Conv2d(4, 4, 5, padding=2, dilation=1), conv(padding=2, dilation=2), norm())
+        add(nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)))""",
     "add_negative_branch": """sub(conv(padding=1), conv(padding=1)); sub(conv(padding=1), norm())
         sub(conv(padding=1), norm(False)); sub(nn.Identity(), conv(padding=1, bias=False))
         sub(conv(padding=1), nn.ReLU()); sub(conv(padding=1), nn.AvgPool2d(3, 1, 1))""",
@@ -123,7 +137,8 @@ NETWORKS = {
         c((torch.stack([x, -x]) * 2.0).mean(0)); c((torch.stack([x, -x]) * s.reshape(4, 1, 1)).mean(0))
         c((torch.stack([x, -x, x, x], 2) * s.reshape(4, 1, 1, 1)).mean(1))
         c((x.unflatten(1, (2, 2)) * s[:2].reshape(2, 1, 1, 1)).flatten(1, 2))
-        F.conv1d((x * s.reshape(4, 1, 1)).reshape(-1, 8, 18), x.new_ones(3, 8, 2))""",
+        F.conv1d((x * s.reshape(4, 1, 1)).reshape(-1, 8, 18), x.new_ones(3, 8, 2))
+        F.conv3d((x.view(-1, 2, 2, 6, 6) * s[:2, None, None, None]).view(2, 1, 4, 6, 6), x[:1, :1, None])""",
     "drop_key_bias": """attend(); attend(heads=2); attend(turned=True); attend(bias=False)
         attend(heads=2, scaled=True)""",
     "move_value_bias": """attend(); attend(heads=2); attend(turned=True); attend(masked=True)
@@ -162,9 +177,10 @@ class Net(torch.nn.Module):
             "mean": lambda dim: Apply(lambda x: x.mean(dim)),
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
             "half": lambda x, s: nn.functional.batch_norm(x.narrow(1, 0, 2), *s.detach().split(2)),
+            "repeat": lambda count: Apply(lambda x: x.repeat(count, 1, 1, 1)),
             "times": lambda by: Apply(lambda x: x * by),
         }  # fmt: skip
-        chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend)", text)
+        chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend|repeat)", text)
         self.text = text
         self.f = eval(f"nn.Sequential({text})" if chain else f"lambda x, s, c: {text}", scope)
 

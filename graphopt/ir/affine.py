@@ -22,7 +22,8 @@ from graphopt.ir.value import Value
 class Affine:
     """`x -> scale * x + shift`: vectors of length C along `axis`, or numbers; None for 1 and for 0.
 
-    `axis` is None if no vector says which it is: numbers scale and shift all axes alike.
+    A number may be a parameter, then without axes. `axis` is None if no vector says which it is:
+    numbers scale and shift all axes alike.
     """
 
     axis: int | None
@@ -47,7 +48,8 @@ class Affine:
 
     def _map(self, change: Callable[[Value], Value]) -> Affine:
         scale, shift = (
-            change(one) if isinstance(one, Value) else one for one in (self.scale, self.shift)
+            one if one is None or is_number(one) else change(one)  # type: ignore[arg-type]
+            for one in (self.scale, self.shift)
         )
         return Affine(self.axis, scale, shift)
 
@@ -70,20 +72,27 @@ class Affine:
 
     def broadcast(self, one: Value | float, ndim: int) -> Value | float:
         """A scale or shift in the shape in which it applies to a value with `ndim` axes."""
-        if not isinstance(one, Value):
+        if is_number(one):
             return one
         shape = [1] * ndim
-        assert self.axis is not None
+        assert self.axis is not None and isinstance(one, Value)
         shape[self.axis] = -1
         return one.reshape(*shape)
 
 
+def is_number(one: Value | float) -> bool:
+    """Whether a scale or shift is the same for all channels."""
+    return not isinstance(one, Value) or one.ndim == 0
+
+
 def vector(one: Value | float, like: Value, channels: Any) -> Value:
     """A scale or shift with an entry for each channel, in at least float32."""
-    if isinstance(one, Value):
+    if isinstance(one, Value) and not is_number(one):
         return one
     dtype, device = widen(like).dtype, like.meta.device
-    return like.builder.emit(ops.Full((channels,), one, dtype, device))
+    number = 1.0 if isinstance(one, Value) else one
+    entries = like.builder.emit(ops.Full((channels,), number, dtype, device))
+    return entries * one if isinstance(one, Value) else entries
 
 
 def combined(left: Value | float | None, right: Value | float | None) -> Value | float | None:
@@ -93,6 +102,15 @@ def combined(left: Value | float | None, right: Value | float | None) -> Value |
     if isinstance(left, Value):
         return times(left, right)
     return times(right, left) if isinstance(right, Value) else left * right
+
+
+def total(left: Value | float | None, right: Value | float | None) -> Value | float | None:
+    """The sum of two scales or shifts, in at least float32; None stands for zero."""
+    if left is None or right is None:
+        return left if right is None else right
+    if isinstance(left, Value) and isinstance(right, Value):
+        return widen(left, right) + widen(right, left)
+    return right + left if isinstance(right, Value) else left + right
 
 
 def written(rw: Rewriter, op: ops.Mul | ops.Div | ops.Add | ops.Sub) -> tuple[Value, Affine]:
@@ -109,9 +127,9 @@ def written(rw: Rewriter, op: ops.Mul | ops.Div | ops.Add | ops.Sub) -> tuple[Va
     if isinstance(other, Value):
         sizes = (1,) * (value.ndim - other.ndim) + other.shape
         axes = [axis for axis, size in enumerate(sizes) if size != 1]
-        rw.match(len(axes) == 1)
-        axis = axes[0]
-        found = channel_vector(other, value, axis)
+        rw.match(len(axes) <= 1)
+        axis = axes[0] if axes else None
+        found = other.reshape() if axis is None else channel_vector(other, value, axis)
         rw.match(found is not None)
         assert found is not None
         other = found
@@ -179,10 +197,13 @@ def through_homogeneous(op: Any, rw: Rewriter, by: Affine) -> None:
 
 
 def channel_vector(value: Value, like: Value, axis: int) -> Value | None:
-    """A parameter `[1, C, 1, 1]` that broadcasts against `like` as its vector `[C]`, else None."""
+    """A parameter `[1, C, 1, 1]` that broadcasts against `like` as its vector `[C]`, one with a
+    single entry as a number; else None."""
     shape = (1,) * (like.ndim - value.ndim) + value.shape
     if len(shape) != like.ndim or any(s != 1 for i, s in enumerate(shape) if i != axis):
         return None
+    if shape[axis] == 1:
+        return value.reshape()
     return value.reshape(shape[axis]) if isinstance(shape[axis], int) else None
 
 

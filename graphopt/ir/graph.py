@@ -16,6 +16,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ class Signature:
     inputs: tuple[Any, ...]
     parameters: tuple[tuple[str, int, Any], ...]
     names: tuple[str, ...]
+
+    @cached_property
+    def arity(self) -> tuple[int, list[str]]:
+        """How many inputs are given by position, and the names of the others."""
+        args, kwargs = self.in_spec.children()
+        return args.num_children, list(kwargs.context)
+
+    @cached_property
+    def flat(self) -> bool:
+        """Whether every input is a leaf given by position."""
+        args, kwargs = self.in_spec.children()
+        return not kwargs.context and all(one.is_leaf() for one in args.children())
 
     def __deepcopy__(self, memo: Any) -> Signature:
         return self  # immutable

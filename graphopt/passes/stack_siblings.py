@@ -43,7 +43,7 @@ def stack_siblings(first: ops.Conv | ops.Linear, rw: Rewriter) -> Value:
     """Convolutions or linear maps of one input are slices of one."""
     cls: Any = ops.Conv if isinstance(first, ops.Conv) else ops.Linear
     siblings = [one for one in rw.readers(first.input, cls) if _alike(first, one)]
-    rw.match(len(siblings) > 1 and siblings[0].out == first.out)
+    rw.match(len(siblings) > 1 and siblings[0].out == first.out and not first.out.is_constant)
     wide = _stacked(rw, siblings)
     pieces, start = [], 0
     for one in siblings:

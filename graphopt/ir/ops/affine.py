@@ -148,7 +148,7 @@ class Conv(Multilinear, Op):
     def scale_out(self, factor: Value | float) -> Value:
         """The weight with output channel o multiplied by `factor[o]`; transformations.md 0."""
         ones = (1,) * self.rank
-        if not isinstance(factor, Value):
+        if not isinstance(factor, Value) or factor.ndim == 0:
             return times(self.weight, factor)
         if not self.transposed:
             return times(self.weight, factor.reshape(self.out_channels, 1, *ones))
@@ -162,7 +162,7 @@ class Conv(Multilinear, Op):
     def scale_in(self, factor: Value | float) -> Value:
         """The weight with input channel i multiplied by `factor[i]`."""
         ones = (1,) * self.rank
-        if not isinstance(factor, Value):
+        if not isinstance(factor, Value) or factor.ndim == 0:
             return times(self.weight, factor)
         if self.transposed:
             return times(self.weight, factor.reshape(self.in_channels, 1, *ones))

@@ -494,6 +494,12 @@ class Eye(Op):
     dtype: torch.dtype | None = None
     device: torch.device | None = None
 
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        out = call.out.meta
+        n, m = out.shape
+        return cls(n, m, out.dtype, out.device, out=call.out)
+
     def build(self) -> tuple[Any, dict[str, Any]]:
         return self.call(overload("eye.m"), m=self.n if self.m is None else self.m)
 

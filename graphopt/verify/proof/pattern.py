@@ -181,7 +181,7 @@ class Pattern(Rewriter):
         self._depth = 0
         self.graph = _Graph(self)  # type: ignore[assignment]
         self.missing: set[str] = set()
-        self._differ: set[tuple[Any, Any]] = set()
+        self._differ: list[tuple[Any, Any]] = []
 
     # -- what subclasses decide ---------------------------------------------------------------
 
@@ -335,15 +335,12 @@ class Pattern(Rewriter):
         left, right = find(left), find(right)
         if left is right:
             return True
-        if (
-            (left, right) in self._differ
-            or self._reaches(left, right)
-            or self._reaches(right, left)
-        ):
+        differ = any({find(one), find(other)} == {left, right} for one, other in self._differ)
+        if differ or self._reaches(left, right) or self._reaches(right, left):
             return False
         a, b = left.meta["val"].shape, right.meta["val"].shape
         if len(a) != len(b) or not self.choose((True, False), f"{left.name} is {right.name}"):
-            self._differ |= {(left, right), (right, left)}
+            self._differ.append((left, right))
             return False
         self._identify(left, right)
         return True
