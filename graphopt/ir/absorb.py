@@ -21,6 +21,7 @@ from graphopt.ir.affine import (
     through_homogeneous,
     through_pad,
     through_pool,
+    total,
 )
 from graphopt.ir.ops import times, widen
 from graphopt.ir.rewrite import Declined, Rewriter, describe
@@ -185,8 +186,7 @@ def _(op: ops.Add | ops.Sub, rw: Rewriter, by: Affine) -> Value:
 def _term(rw: Rewriter, term: Any, by: Affine, op: ops.Op) -> Any:
     if isinstance(term, Value):
         return absorb(rw, term, by, op)
-    scaled = term * (1 if by.scale is None else by.scale)
-    return scaled if by.shift is None else scaled + by.shift
+    return total(combined(by.scale, term), by.shift)
 
 
 def _aligned(rw: Rewriter, term: Any, op: Any, by: Affine) -> Any:
