@@ -34,7 +34,8 @@ from graphopt.sources import SourceError, import_object
 
 PRESETS = {
     "tune": "canonicalize,"
-    "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],canonicalize",
+    "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
+    "canonicalize",
     "deploy": "tune,stack-siblings,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 _SAME_SHAPE = "the replacement must have the shape of the original, so nothing else is left out"
+_NUMBERS = "absorbs numbers, as absorb-number does"
+_MARGINS = "the two are equal where they are used"
+_GATHERED = "(x + y) + z = x + (y + z) whatever they are: it only says where that is done"
+_LINEAR = "the two are of one kind wherever they meet"
 _ROUNDING = "the same over the reals: float16 would be rounded once more"
 _ANY_TERM = "(x + a) + b = x + (a + b), and the same of factors, also for a value a"
 _SIZES = (
@@ -75,7 +79,8 @@ EQUIVALENT = {
         f"two axes merged into one are not recognized any more: {_FEWER}",
     ("written", "isinstance(other, Value) or other != 0  ->  other != 0"):
         "a value is never equal to a number",
-    ("merged_axis", "before  ->  after"):
+    ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
+     "for last in range(axis + 1, len(after)):"):
         f"counts fewer axes, or those beyond the last once more: {_FEWER}",
     ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
      "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
@@ -97,14 +102,78 @@ EQUIVALENT = {
     ("_steps", "if _pointwise(outer) or inner.dilation == reach: return (inner.dilation, ones, ones)"
      "  ->  if False: return (inner.dilation, ones, ones)"):
         "the general way, with zeros for the taps between, is right here too",
-    ("_steps", "outer  ->  inner"): "both have as many axes",
+    ("_steps", "ones = (1,) * outer.rank  ->  ones = (1,) * inner.rank"): "both have as many axes",
     ("_plain", "left.input  ->  left.out"): "a convolution keeps the number of axes",
-    ("merge_linears: compose_maps", "isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear)"
-     "  ->  isinstance(outer, ops.Linear) or isinstance(inner, ops.Linear)"): "both are linear maps",
+    ("compose_maps", "isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear)"
+     "  ->  isinstance(outer, ops.Linear) or isinstance(inner, ops.Linear)"): _LINEAR,
+    ("compose_maps", "isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear)"
+     "  ->  isinstance(inner, ops.Linear)"): _LINEAR,
+    ("compose_maps", "isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear)"
+     "  ->  isinstance(outer, ops.Linear)"): _LINEAR,
+    ("merge_convolutions: compose_maps", "rw.require(inner.bias is None, f'{_named(outer)} pads with "
+     "zeros where {_named(inner)} adds its bias')  ->  (nothing)"):
+        "what calls it has taken the bias away",
+    ("merge_convolutions", "rw.pays([outer, inner], folded)  ->  rw.pays([inner, inner], folded)"):
+        "an estimate of costs",
+    ("merge_convolutions", "rw.pays([outer, inner], folded)  ->  rw.pays([outer, outer], folded)"):
+        "an estimate of costs",
+    ("_grown", "has - had  ->  has"): f"refuses what has had any padding: {_FEWER}",
+    ("_regrouped", "for stop in range(len(after), 0, -1):  ->  for stop in range(len(after), 1, -1):"):
+        f"a bias along the first axis is not recognized: {_FEWER}",
+    ("uniform", "if operand.node.op == 'get_attr': state = operand.builder.graph.states[str("
+     "operand.node.target)] tensor = state.tensor if state.kind != 'constant' or not 0 < "
+     "tensor.numel() <= 4096 or tensor.is_complex(): return None first = tensor.flatten()[0] number ="
+     " first.item() if bool((tensor == first).all()) else None return number if number in (0.0, 1.0) "
+     "else None  ->  if False: state = operand.builder.graph.states[str(operand.node.target)] tensor "
+     "= state.tensor if state.kind != 'constant' or not 0 < tensor.numel() <= 4096 or "
+     "tensor.is_complex(): return None first = tensor.flatten()[0] number = first.item() if bool(("
+     "tensor == first).all()) else None return number if number in (0.0, 1.0) else None"):
+        f"a stored number is not recognized: {_FEWER}",
+    ("_merge", "rw.match(isinstance(inner.right, float) and isinstance(inner.left, Value))  ->  "
+     "rw.match(isinstance(outer.right, float) and isinstance(inner.left, Value))"): _ANY_TERM,
+    ("_merge", "rw.match(isinstance(inner.right, float) and isinstance(inner.left, Value))  ->  "
+     "rw.match(isinstance(inner.right, float) and isinstance(outer.left, Value))"):
+        "no op of a graph has two numbers",
+    ("_merge", "rw.match(rw.only_user(inner, outer) and inner.left.dtype == outer.out.dtype)  ->  "
+     "rw.match(rw.only_user(inner, outer) and outer.left.dtype == outer.out.dtype)"):
+        "a float makes a sum or product of integers floating in one step as in two",
+    ("_merge", "isinstance(outer.right, float) and outer.out.dtype.is_floating_point  ->  "
+     "isinstance(outer.right, float)"): "with a float it is floating",
+    ("collect_terms: written", "rw.match(isinstance(value, Value) and (not value.is_constant))  ->  "
+     "(nothing)"): "what is scaled may as well be a parameter",
+    ("gather_terms: _term", "*"): _GATHERED,
+    ("gather_terms: _step", "*"): _GATHERED,
+    ("gather_terms: written", "*"): _GATHERED,
+    ("gather_terms: same_shape", "*"): _GATHERED,
+    ("gather_terms: same", "*"): _GATHERED,
+    ("gather_terms: total", "*"): _GATHERED,
+    ("gather_terms: combined", "*"): _GATHERED,
+    ("gather_terms: channel_vector", "*"): _GATHERED,
+    ("gather_terms: scale_and_shift", "*"): _GATHERED,
+    ("through_pad", "pad.value is None or pad.value == 0  ->  pad.value is None and pad.value == 0"):
+        _FEWER,
+    ("through_pool", "pool.input.ndim - pool.rank  ->  pool.rank - pool.input.ndim"): _FEWER,
+    ("fold_batch_norm: _absorb[ops.Conv]", "conv.out_channels  ->  conv.in_channels"):
+        "only counts the entries of a number, and the shift of a norm is a vector",
+    ("fold_batch_norm", "norm.running_mean is not None and norm.running_var is not None  ->  "
+     "norm.running_mean is not None or norm.running_var is not None"): "it has both or neither",
+    ("response_kernel", "widen(self.scale_in(constant))  ->  self.scale_in(constant)"): _ROUNDING,
+    ("fold_scale_shift", "rw.match(by.axis is not None)  ->  (nothing)"): _NUMBERS,
+    ("fold_scale_shift", "rw.match(by.axis is not None)  ->  rw.match(not by.axis is not None)"):
+        _NUMBERS,
+    ("fold_scale_shift: written", "inverse = rw.emit(ops.Reciprocal(widen(other))) if isinstance("
+     "other, Value) else 1 / other  ->  inverse = rw.emit(ops.Reciprocal(widen(other))) if "
+     "isinstance(other, Value) else 2 / other"): "numbers are left to absorb-number",
     ("stack_concatenated: _features", "one.out.ndim - 1  ->  one.out.ndim"):
         f"linear maps are not recognized any more: {_FEWER}",
     ("stack_siblings: _alike", "return False  ->  return True"):
         "weights that are computed are stacked at every call: a cost, and right",
+    ("absorb_number", "by.axis is None  ->  by.axis is not None"):
+        "absorbs vectors in place of numbers, as fold-scale-shift does",
+    ("_absorb[ops.Add]", "isinstance(op, ops.Add) and fixed(terms[0])  ->  isinstance(op, ops.Add)"):
+        "a shift may enter with either term of a sum",
+    ("written", "rw.match(len(axes) <= 1)  ->  rw.match(len(axes) <= 2)"):
+        "what lies along two axes is no channel vector, and refused as that",
     ("keeps_sign", "scale is None or bool(scale > 0)  ->  scale is None"):
         f"no number passes a ReLU any more: {_FEWER}",
     ("drop_key_bias", "attention.key != attention.value and attention.key != attention.query  ->  "
@@ -116,7 +185,14 @@ EQUIVALENT = {
     ("add_negative_branch: branch", "*"): _NEGATED,
     ("add_negative_branch: margins", "*"): _NEGATED,
     ("_grown", "type(count) is int  ->  type(count) is not int"): "emits a padding by no zeros",
-    ("margins", "before  ->  after"): "the two are equal where the sizes are used",
+    ("margins", "return (0,) * (rank - len(before)) + before[::-1]  ->  "
+     "return (0,) * (rank - len(after)) + before[::-1]"): _MARGINS,
+    ("margins", "return (0,) * (rank - len(before)) + before[::-1]  ->  "
+     "return (0,) * (rank - len(before)) + after[::-1]"): _MARGINS,
+    ("margins", "if len(before) > rank or before != after or any((size < 0 for size in before)):  ->  "
+     "if len(after) > rank or before != after or any((size < 0 for size in before)):"): _MARGINS,
+    ("margins", "if len(before) > rank or before != after or any((size < 0 for size in before)):  ->  "
+     "if len(before) > rank or before != after or any((size < 0 for size in after)):"): _MARGINS,
     ("margins", "pad.input.ndim - 2  ->  2 - pad.input.ndim"): f"no frame is found: {_FEWER}",
     ("margins", "pad.input  ->  pad.out"): "padding keeps the number of axes, all it is for",
     ("_through_pool", "pool.input  ->  pool.out"): "a pool keeps the number of axes, all it is for",

@@ -17,7 +17,10 @@ from unittest import mock
 from benchmarks.mutants.equivalent import EQUIVALENT
 
 # In the order in which they import each other.
-LAWS = tuple(f"graphopt.ir.{name}" for name in ("affine", "borders", "absorb", "extract", "maps"))
+LAWS = tuple(
+    f"graphopt.ir.{name}"
+    for name in ("affine", "borders", "absorb", "extract", "maps", "linearity")
+)
 LAW_METHODS = {
     ("graphopt.ir.ops.affine", "Conv"): ("scale_out", "scale_in", "_per_output", "response_kernel"),
     ("graphopt.ir.ops.norm", "BatchNorm"): ("scale_and_shift",),
@@ -56,7 +59,7 @@ class Mutant:
     @property
     def change(self) -> str:
         before, after = (" ".join(ast.unparse(one).split()) for one in (self.old, self.new))
-        if isinstance(self.old, ast.Constant):  # says nothing without its line
+        if isinstance(self.old, (ast.Constant, ast.Name)):  # says nothing without its line
             lines = (
                 text.splitlines()
                 for text in (ast.unparse(self.law.node), self.source(self.law.node))

@@ -12,7 +12,7 @@ import torch
 # Per rewrite, places where it applies and places where it must not: functions of `x` [2, 4, 6, 6],
 # `s` [4] (a parameter) and `c` (a convolution), or the modules of a Sequential.
 _FOLDS = """conv(), norm(); conv(groups=2, bias=False), norm(); up(groups=2), norm()
-    up(groups=4), norm()
+    up(groups=4), norm(); nn.ConvTranspose2d(4, 6, 3, groups=2), norm(channels=6)
     conv(), nn.AvgPool2d(2), norm(); conv(), norm(), norm(); conv(), nn.ZeroPad2d(1), norm()
     conv(), nn.ReLU(), norm(); conv(), nn.Unflatten(1, (2, 2)), nn.Flatten(1, 2), norm()"""
 NETWORKS = {
@@ -60,7 +60,8 @@ NETWORKS = {
         nn.Flatten(2), nn.Unflatten(2, (4, 3, 3)), norm3(), mean(0), conv()
         norm(), view(-1, 4, 6), nn.Conv1d(4, 4, 3); norm(), nn.Flatten(2), nn.Conv1d(4, 4, 3)
         norm(), mean(0), conv()
-        repeat(3), norm(), view(-1, 24, 36), nn.Conv1d(24, 2, 3)""",
+        repeat(3), norm(), view(-1, 24, 36), nn.Conv1d(24, 2, 3)
+        norm(), view(-1, 2, 2, 6, 6), nn.Conv3d(2, 1, (1, 2, 2))""",
     "fold_scale_shift": """c(x) * s.reshape(4, 1, 1); c(x) - s.reshape(4, 1, 1); c(x) * s
         c(x) / s.reshape(4, 1, 1); s.reshape(4, 1, 1) - c(x); s.reshape(4, 1, 1) + c(x)
         s.reshape(4, 1, 1) / c(x); c(x) * s.reshape(4, 1) * 2; c(x) * s[:1] + s.sum()
@@ -86,7 +87,8 @@ NETWORKS = {
         add(conv(padding=1), nn.AvgPool2d(3, 1, 1, count_include_pad=False))
         add(conv(padding=1), nn.Sequential(nn.Conv2d(4, 4, 1), conv(padding=1)))
         add(nn.Conv2d(4, 4, 5, padding=2, dilation=1), conv(padding=2, dilation=2), norm())
-        add(nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)))""",
+        add(nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)))
+        add(conv(padding=1), nn.Sequential(conv(padding=1), norm()))""",
     "add_negative_branch": """sub(conv(padding=1), conv(padding=1)); sub(conv(padding=1), norm())
         sub(conv(padding=1), norm(False)); sub(nn.Identity(), conv(padding=1, bias=False))
         sub(conv(padding=1), nn.ReLU()); sub(conv(padding=1), nn.AvgPool2d(3, 1, 1))""",
@@ -108,6 +110,17 @@ NETWORKS = {
         add(nn.Linear(6, 6, False), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)))
         add(nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
         add(nn.Linear(6, 6), nn.Linear(6, 6, False)); add(nn.Linear(6, 6), nn.ReLU())""",
+    "merge_region": """lin(x, c) + x.flip(-1) @ w(c); lin(x, c) + x.flip(2) @ w(c)
+        lin(torch.einsum("...rk,rkc->...rc", x.unflatten(-1, (2, 3)), w(c).view(4, 3, 3)[:2]).flatten(-2), c)
+        lin(x, c) - x[..., torch.tensor([5, 4, 3, 2, 1, 0])]; lin(x, c) + x.abs()
+        lin(x, c) * x; lin(x, c) * w(c)[0] + x.roll(2, -1); lin(x, c) + x.flip(-1) * w(c)
+        torch.cat([x[..., 1:], x[..., :1] * s[0]], -1) + lin(x, c); lin(x, c) + w(c)
+        torch.addmm(w(c)[0], x.reshape(-1, 6), w(c), alpha=0.5).view(x.shape) + x / 3.0
+        x.view(-1, 2, 3).sum(-1, keepdim=True).expand(-1, 2, 3).reshape(x.shape) - F.linear(x, w(c), w(c)[1])
+        lin(x, c) + torch.stack([-x[..., 3:], x[..., :3]], -1).flatten(-2) * w(c)[2]
+        lin(x, c) + (w(c) @ x.transpose(-1, -2)).transpose(-1, -2); lin(x, c) + w(c) @ x
+        lin(x, c) + F.pad(x[..., 1:4], (1, 2)).cumsum(-1); lin(x, c) + x.transpose(2, 3)
+        lin(x, c) + torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(w(c)[0]), n=6).mean(-1, True)""",
     "absorb_number": """c(x) * 2.0; c(x) - 0.5; 0.5 - c(x); c(x) / 4.0; 3.0 - c(x) * 2.0
         (c(x) + c(-x)) * 0.5; (c(x) - s.reshape(4, 1, 1)) * 0.5; c(x).relu() * 2.0
         c(x).relu() * -2.0; F.max_pool2d(c(x), 2) * 3.0; torch.cat([c(x), c(-x)], 2) + 0.5
@@ -116,6 +129,7 @@ NETWORKS = {
         (c(x) * s.reshape(4, 1, 1)) * 2.0; c(x) * c(-x) * 0.5; c(x)[:, 1:3] * 2.0
         F.prelu(c(x), s) * 2.0; (c(x) @ c(-x).mT) * 0.5; 2.0 / c(x); c(x).abs() / 2.0
         up(groups=2), norm(), times(2.0)
+        nn.ConvTranspose2d(4, 6, 3, groups=2), norm(channels=6), times(2.0)
         (lambda y: half(y, s) * 2.0 + y.narrow(1, 2, 2))(c(x))
         (lambda y: half(y, s) * 2.0 + y.narrow(1, 1, 2))(c(x))
         (lambda y: half(y, s) * 2.0 + y.flip(1).narrow(1, 0, 2))(c(x))""",
@@ -138,9 +152,10 @@ NETWORKS = {
         c((torch.stack([x, -x, x, x], 2) * s.reshape(4, 1, 1, 1)).mean(1))
         c((x.unflatten(1, (2, 2)) * s[:2].reshape(2, 1, 1, 1)).flatten(1, 2))
         F.conv1d((x * s.reshape(4, 1, 1)).reshape(-1, 8, 18), x.new_ones(3, 8, 2))
+        F.conv3d((x * s.reshape(4, 1, 1)).view(-1, 2, 2, 6, 6), x.new_ones(1, 2, 1, 2, 2))
         F.conv3d((x.view(-1, 2, 2, 6, 6) * s[:2, None, None, None]).view(2, 1, 4, 6, 6), x[:1, :1, None])""",
     "drop_key_bias": """attend(); attend(heads=2); attend(turned=True); attend(bias=False)
-        attend(heads=2, scaled=True)""",
+        attend(heads=2, scaled=True); attend(folded=True)""",
     "move_value_bias": """attend(); attend(heads=2); attend(turned=True); attend(masked=True)
         attend(bias=False); attend(heads=2, out=False); attend(causal=True)
         attend(heads=2, mixed=True)""",
@@ -178,6 +193,7 @@ class Net(torch.nn.Module):
             "view": lambda *shape: Apply(lambda x: x.reshape(shape)),
             "half": lambda x, s: nn.functional.batch_norm(x.narrow(1, 0, 2), *s.detach().split(2)),
             "repeat": lambda count: Apply(lambda x: x.repeat(count, 1, 1, 1)),
+            "w": _square, "lin": lambda x, c: nn.functional.linear(x, _square(c)),
             "times": lambda by: Apply(lambda x: x * by),
         }  # fmt: skip
         chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend|repeat)", text)
@@ -202,17 +218,18 @@ class Apply(torch.nn.Module):
 
 class Attend(torch.nn.Module):
     """Attention with projections; `masked` leaves some queries nothing, `mixed` mixes the heads of
-    different queries."""
+    different queries, `folded` the features of different tokens."""
 
     def __init__(
         self, heads: int = 1, bias: bool = True, turned: bool = False, masked: bool = False,
         causal: bool = False, scaled: bool = False, out: bool = True, mixed: bool = False,
+        folded: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.q, self.k, self.v = (torch.nn.Linear(6, 4, bias=bias) for _ in range(3))
         self.out = torch.nn.Linear(4, 3, bias=out)
         self.heads, self.turned, self.masked, self.scaled = heads, turned, masked, scaled
-        self.causal, self.mixed = causal, mixed
+        self.causal, self.mixed, self.folded = causal, mixed, folded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1, 2)
@@ -224,10 +241,12 @@ class Attend(torch.nn.Module):
         y = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, is_causal=self.causal, **options
         )
-        y = y if self.mixed else y.transpose(1, 2)
+        y = y if self.mixed or self.folded else y.transpose(1, 2)
         return self.out(y.reshape(-1, 24, 4))  # type: ignore[no-any-return]
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
+        if self.folded:
+            return x.reshape(-1, 48, 2)
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
@@ -247,10 +266,14 @@ class Total(torch.nn.Module):
         return first
 
 
+def _square(conv: torch.nn.Conv2d) -> torch.Tensor:
+    return conv.weight.flatten()[:36].view(6, 6)
+
+
 def _norm(
-    affine: bool = True, kind: Any = torch.nn.BatchNorm2d, shift: bool = True
+    affine: bool = True, kind: Any = torch.nn.BatchNorm2d, shift: bool = True, channels: int = 4
 ) -> torch.nn.Module:
-    norm: torch.nn.Module = kind(4, eps=0.1, affine=affine)
+    norm: torch.nn.Module = kind(channels, eps=0.1, affine=affine)
     if not shift:
         norm.bias = None
     for one in (*norm.parameters(), norm.running_mean, norm.running_var):

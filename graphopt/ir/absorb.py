@@ -132,9 +132,7 @@ def _(product: ops.Addmm, rw: Rewriter, by: Affine) -> Value:
         product.right.is_constant and product.input.is_constant,
         f"an operand of {describe(product.out)} is not a parameter",
     )
-    rw.require(
-        product.beta == 1 and product.alpha == 1, f"{describe(product.out)} scales its terms"
-    )
+    rw.require(product.beta == 1, f"{describe(product.out)} scales its bias")
     right = product.right if by.scale is None else times(product.right, by.scale)
     return rw.emit_like(product, input=_on_constant(product.input, by.at(product.input.ndim - 1)),
                         right=right)  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from graphopt.ir.functional import Normalizer
 from graphopt.ir.graph import Graph, Signature, State, parameters_of
@@ -66,7 +67,7 @@ def capture(
         try:
             # A trace may run parts of the module for real. Gradients are on, or export would not
             # see where the model turns them off.
-            with _quiet(), restored(model), torch.enable_grad():
+            with _quiet(), restored(model), torch.enable_grad(), _DataDetached():
                 program = rung()
             graph = from_exported(program, model, args, kwargs)
             difference = misfit(graph, args, kwargs)
@@ -291,17 +292,39 @@ def clone_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def restored(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Fix the seed; afterwards put the module's buffers and the random state back."""
+    """Fix the seed; afterwards put back the random state, the module's buffers, and what its modules
+    had for attributes: a trace may leave its stand-ins for tensors there."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    attributes = [(vars(one), _contents(one)) for one in model.modules()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             yield
         finally:
+            for now, before in attributes:
+                _put_back(now, before)
             with torch.no_grad():
                 for buffer, value in kept:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module; of parameters, buffers and children, who they are."""
+    return {name: dict(value) if isinstance(value, dict) else value
+            for name, value in vars(module).items()}  # fmt: skip
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in set(now) - set(before):
+        del now[name]
+    for name, value in before.items():
+        found = now.get(name)
+        if isinstance(value, dict) and isinstance(found, dict):
+            found.clear()
+            found.update(value)
+        elif found is not value:
+            now[name] = value
 
 
 @contextmanager
@@ -430,6 +453,15 @@ def copy_module(model: nn.Module) -> nn.Module:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+class _DataDetached(TorchFunctionMode):
+    """`x.data` is `x.detach()`, which a trace sees; the former leaves a constant behind."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:
 
 def _bytes(value: Any) -> int:
     leaves = value if isinstance(value, (tuple, list)) else [value]
-    return sum(one.nbytes for one in leaves if isinstance(one, torch.Tensor))
+    return sum(one.numel() * one.element_size() for one in leaves if isinstance(one, torch.Tensor))
 
 
 def is_getitem(node: fx.Node) -> bool:

@@ -58,7 +58,8 @@ class SiteValidator:
             dtype, value = getattr(node.meta.get("val"), "dtype", None), site.values[node]
             if dtype is None or not dtype.is_floating_point or not value.numel():
                 continue
-            size, limits = float(value.abs().max()), torch.finfo(dtype)
+            dense = value.to_dense() if value.is_sparse else value
+            size, limits = float(dense.abs().max()), torch.finfo(dtype)
             if math.isfinite(size) and (size > limits.max or 0 < size < limits.tiny):
                 return Verdict(False, reason=f"{node.name} of size {size:.1e} does not fit {dtype}")
         return None

@@ -25,6 +25,7 @@ from graphopt.ir.ops.movement import (
     Expand as Expand,
     Flip as Flip,
     Gather as Gather,
+    Index as Index,
     IndexSelect as IndexSelect,
     Pad as Pad,
     Permute as Permute,
@@ -98,4 +99,10 @@ from graphopt.ir.ops.reduce import (
     Reduce as Reduce,
     Sum as Sum,
     Upsample as Upsample,
+)
+from graphopt.ir.ops.spectral import (
+    Conj as Conj,
+    Fourier as Fourier,
+    Imag as Imag,
+    Real as Real,
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from graphopt.ir.ops.base import Call, Multilinear, Op, op, overload
 from graphopt.ir.value import Value
 
@@ -269,3 +271,23 @@ class Gather(Multilinear, Op):
     dim: int
     index: Value
     sparse_grad: bool = False
+
+
+@op("index.Tensor")
+class Index(Multilinear, Op):
+    """Entries picked along `dim` by a tensor of integers, whose axes take the place of that one."""
+
+    input: Value
+    dim: int
+    index: Value
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        given = [(dim, one) for dim, one in enumerate(call["indices"]) if one is not None]
+        if len(given) != 1 or given[0][1].dtype in (torch.bool, torch.uint8):
+            return None
+        return cls(call["self"], *given[0], out=call.out)
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        indices = [None] * self.dim + [self.index]
+        return overload("index.Tensor"), {"self": self.input, "indices": indices}

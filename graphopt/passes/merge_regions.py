@@ -1,0 +1,86 @@
+"""Regions that are one affine map of every token become one linear map.
+
+    f(x)       =    W x + b,    b = f(0),    W e_i = f(e_i) - b
+    f(E[i])    =    f(E)[i]
+
+for any f made of ops that are affine in x and treat tokens alone, whatever it looks like: rotations of
+blocks, circulant products by Fourier transforms, permutations, sums over groups. The same of what is
+looked up in tables by the same integers. What such a region is, and how W is computed from parameters
+alone, is in `graphopt.ir.linearity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from graphopt.ir import ops
+from graphopt.ir.linearity import AFFINE, Region, obstacle, starts
+from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
+from graphopt.ir.value import Value
+from graphopt.passes.base import RewritePass
+
+
+@rewrite(
+    root=AFFINE,
+    unproved="a region may be made of any affine ops; tests of each op, of random regions and the "
+    "validation of every site check it",
+)
+def merge_region(end: ops.Op, rw: Rewriter) -> Value:
+    """f(x) = W x + b for an affine f of tokens."""
+    rw.match(end.out.is_tensor and not end.out.is_constant and end.out.dtype.is_floating_point)
+    beside, refusal = _beside(end), None
+    for start in starts(rw, end.out):
+        since = len(rw.made)
+        try:
+            return _merged(rw, end, start)
+        except Declined as declined:
+            rw.rollback(since)
+            if beside is not None and start == beside[0]:
+                refusal = declined
+    if refusal is not None:
+        raise refusal
+    blocked = None if beside is None else obstacle(rw, beside[1], beside[0])
+    rw.require(blocked is None, f"{describe(blocked)} is not affine")
+    rw.decline("it is no affine map of one value", near=False)
+
+
+def _beside(end: ops.Op) -> tuple[Value, Value] | None:
+    """What a linear map reads, and what is added to it: the user expects one map of the two."""
+    if isinstance(end, (ops.Add, ops.Sub)):
+        for one, other in ((end.left, end.right), (end.right, end.left)):
+            op = one.op if isinstance(one, Value) else None
+            if isinstance(op, ops.Linear) and isinstance(other, Value):
+                return op.input, other
+    return None
+
+
+def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
+    looks_up = not start.dtype.is_floating_point
+    rw.match(looks_up or start.dtype == end.out.dtype)
+    region = Region(rw, start)
+    region.labels(end.out)
+    rw.match(len(region.steps) > 1)
+    if looks_up:
+        merged = rw.emit(ops.Embedding(region.table(end.out), start), like=end)
+    else:
+        weight, bias = region.affine(end.out)
+        merged = rw.emit(ops.Linear(start, weight, bias), like=end)
+    rw.pays(gone(rw, end, region), merged)
+    return merged
+
+
+def gone(rw: Rewriter, end: ops.Op, region: Region) -> list[ops.Op]:
+    """The ops of a region that nobody reads any more once its end is replaced."""
+    found = {end.out.node}
+    for node, step in reversed(list(region.steps.items())):
+        if node not in found and set(step.op.out.users) <= found:
+            found.add(node)
+    return [step.op for node, step in region.steps.items() if node in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeRegions(RewritePass):
+    """What is one affine map of every token, whatever it is made of, becomes one linear map."""
+
+    name = "merge-regions"
+    rewrites = (merge_region,)

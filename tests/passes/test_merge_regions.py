@@ -1,0 +1,127 @@
+"""merge-regions: what is affine in each token becomes one linear map, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from tests.helpers import optimized
+
+SIZE = 24
+SHAPES = {
+    "kernel": (SIZE,), "scale": (SIZE,), "angle": (SIZE,), "rows": (4, SIZE), "rank": (2, SIZE),
+    "blocks": (6, 4, 4), "circulant": (3, 3, 8),
+}  # fmt: skip
+
+
+class Adapted(nn.Module):
+    """A linear map with something beside, in front or behind, between two activations."""
+
+    def __init__(self, adapter: Callable[[Adapted, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.adapter = nn.Linear(SIZE, SIZE), adapter
+        draw = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=draw)))
+        self.register_buffer("order", torch.randperm(SIZE, generator=draw))
+        self.eval().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter(self, x.sin()).relu()
+
+
+def rotated(x: Tensor, angle: Tensor) -> Tensor:
+    """RoAd (arXiv 2409.00119): pairs of features are rotated and stretched."""
+    a, b = x.view(-1, 2, 4).unbind(1)
+    turned = torch.stack([-b, a], 1).view(x.shape)
+    return x * angle.cos() + turned * angle.sin()
+
+
+def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """C3A: a circular convolution of each block with each other one."""
+    blocks = torch.fft.fft(x.unflatten(-1, (3, 8)))
+    product = torch.einsum("...gx,ygx->...yx", blocks, torch.fft.fft(kernel))
+    return torch.fft.ifft(product).real.flatten(-2)
+
+
+MERGED: dict[str, Callable[[Adapted, Tensor], Tensor]] = {
+    "OFT": lambda m, x: m.linear(
+        torch.einsum("...rk,rkc->...rc", x.unflatten(-1, (6, 4)), m.blocks).flatten(-2)
+    ),
+    "RoAd": lambda m, x: rotated(m.linear(x), m.angle),
+    "C3A": lambda m, x: m.linear(x) + convolved(x, m.circulant),
+    "MiSS": lambda m, x: m.linear(x) + x.unflatten(-1, (6, 4)).sum(-2) @ m.rows,
+    "low rank, masked": lambda m, x: m.linear(x) + (x @ m.rank.T * m.scale[:2]) @ m.rank / m.scale[0],
+    "spectral filter of permuted features": lambda m, x: m.linear(x) + torch.fft.irfft(
+        torch.fft.rfft(x[..., m.order]) * torch.fft.rfft(m.kernel), n=SIZE
+    ),
+    "running sums, reversed": lambda m, x: m.linear(x) - 0.1 * x.flip(-1).cumsum(-1),
+    "heads that trade places": lambda m, x: m.linear(
+        x.view(*x.shape[:-1], 4, 6).transpose(-1, -2).flatten(-2).roll(5, -1) * m.scale
+    ),
+    "neighbours, padded": lambda m, x: m.linear(x)
+    + torch.cat([x[..., 1:] - x[..., :-1], m.scale[0] * x[..., :1]], -1),
+    "tokens before features": lambda m, x: m.linear(x)
+    + torch.matmul(m.rank.T @ m.rank, x.transpose(-1, -2)).transpose(-1, -2),
+    "tokens in one axis": lambda m, x: m.linear(x)
+    + torch.addmm(m.scale, x.reshape(-1, SIZE), m.rank.T @ m.rank, alpha=0.5).view(x.shape),
+    "two in a row": lambda m, x: rotated(m.linear(rotated(x, m.angle) + m.scale), m.kernel) + m.scale,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, SIZE), (2, 5, SIZE), (2, 3, 5, SIZE)], ids=str)
+@pytest.mark.parametrize("name", MERGED)
+def test_affine_adapter_merges(name: str, shape: tuple[int, ...]) -> None:
+    model = Adapted(MERGED[name])
+    optimized(model, "tune", shape, passes="canonicalize,merge-regions")
+    fast = optimized(model, "deploy", shape, passes="canonicalize,merge-regions,materialize")
+    assert calls(fast) == ["sin", "linear", "relu"]
+
+
+REFUSED: dict[str, tuple[Callable[[Adapted, Tensor], Tensor], str]] = {
+    "nonlinear": (
+        lambda m, x: m.linear(x) + torch.fft.irfft(torch.fft.rfft(x[..., m.order]).abs(), n=SIZE),
+        "Abs is not affine",
+    ),
+    "gated": (lambda m, x: m.linear(x) + x * (x @ m.scale).unsqueeze(-1), "twice"),
+    "mixed tokens": (
+        lambda m, x: m.linear(x) + x.flip(1) * m.scale, "mixes its tokens with each other"
+    ),
+    "per token": (
+        lambda m, x: m.linear(x) + x * torch.stack([m.scale, m.kernel, m.angle]),
+        "differs from token to token",
+    ),
+    "laid out differently": (
+        lambda m, x: m.linear(x) + x.transpose(1, 2).reshape(x.shape), "tokens"
+    ),
+    "dropout in training": (
+        lambda m, x: m.linear(x) + torch.dropout(x, 0.5, True), "drops at random"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_adapters_are_refused_with_the_reason(name: str) -> None:
+    adapter, reason = REFUSED[name]
+    x = torch.randn(2, 3, SIZE, dtype=torch.float64)
+    fast = graphopt.optimize(Adapted(adapter), (x,), passes="canonicalize,merge-regions")
+    assert [one for one in fast.report.applied if one.rewrite == "merge-region"] == []
+    assert any(reason in one.reason for one in fast.report.refused), fast.report.refused
+
+
+def test_what_would_cost_more_stays() -> None:
+    class Reversed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + 0.5 * x.flip(-1)).relu()
+
+    assert calls(optimized(Reversed(), "deploy", (2, 3, 2048))) == ["flip", "mul", "add", "relu"]
+
+
+def calls(model: nn.Module) -> list[str]:
+    graph = model.graph_module.graph  # type: ignore[union-attr]
+    return [node.target.__name__.partition(".")[0] for node in graph.nodes
+            if node.op == "call_function" and "sym" not in node.target.__name__]  # fmt: skip
