@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("hypothesis")
 pytest.importorskip("benchmarks.mutants", reason="benchmarks are not installed")
 
-from benchmarks.mutants import changes, executed, judges
+from benchmarks.mutants import changes, equivalent, executed, judges, mutate
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -35,3 +35,13 @@ def test_a_change_is_taken_back() -> None:
 def _sampled() -> list:
     name = "fold_batch_norm"
     return changes.sample(executed.rewrites()[name], name, 0, 5, executed.executed(name))
+
+
+def test_every_argument_is_about_a_mutant() -> None:
+    known = set()
+    for name, home in executed.rewrites().items():
+        for law in mutate.reached(home, name):
+            for one in changes.mutants(law):
+                places = law.name, f"{name}: {law.name}"
+                known |= {(place, change) for place in places for change in (one.change, "*")}
+    assert set(equivalent.EQUIVALENT) <= known

@@ -71,9 +71,6 @@ EQUIVALENT = {
      "out.shape)  ->  (nothing)"): _ONE_PIECE,
     ("_extract[ops.Copy]", "rw.match(not getattr(op, 'train', False))  ->  "
      "rw.match(not getattr(op, 'train', True))"): f"a copy is refused: {_FEWER}",
-    ("_extract[ops.Mean]", "by.axis - sum((dim < by.axis for dim in mean.dims))  ->  "
-     "sum((dim < by.axis for dim in mean.dims)) - by.axis"):
-        f"the axis is 0 as before, or negative and then refused by all that read it: {_FEWER}",
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
      "for last in range(axis + 2, len(before)):"):
         f"two axes merged into one are not recognized any more: {_FEWER}",
@@ -82,12 +79,12 @@ EQUIVALENT = {
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "
      "for last in range(axis + 1, len(after)):"):
         f"counts fewer axes, or those beyond the last once more: {_FEWER}",
-    ("merge_branches", "(branch(op.left), branch(op.right))  ->  "
-     "(branch(op.right), branch(op.left))"): "the sum is the same either way round",
-    ("merge_branches", "not alone  ->  alone"): "what goes away only enters the estimate of costs",
-    ("merge_branches", "if not alone or value.op is None: break  ->  if False: break"):
+    ("_merged", "(branch(op.left, source), branch(op.right, source))  ->  "
+     "(branch(op.right, source), branch(op.left, source))"): "the sum is the same either way round",
+    ("_merged", "not alone  ->  alone"): "what goes away only enters the estimate of costs",
+    ("_merged", "if not alone or value.op is None: break  ->  if False: break"):
         "what goes away only enters the estimate of costs",
-    ("merge_branches", "i + j  ->  i"): f"an identity in front is no branch any more: {_FEWER}",
+    ("_merged", "i + j  ->  i"): f"an identity in front is no branch any more: {_FEWER}",
     ("absorb_number: _absorb[ops.Slice]", "rw.decline(f'its input is computed by {describe(whole)}, "
      "which a scale and shift cannot enter')  ->  (nothing)"):
         "a number has no axis, so it enters the whole that is sliced",
@@ -122,21 +119,18 @@ EQUIVALENT = {
         f"a bias along the first axis is not recognized: {_FEWER}",
     ("uniform", "if operand.node.op == 'get_attr': state = operand.builder.graph.states[str("
      "operand.node.target)] tensor = state.tensor if state.kind != 'constant' or not 0 < "
-     "tensor.numel() <= 4096 or tensor.is_complex(): return None first = tensor.flatten()[0] number ="
-     " first.item() if bool((tensor == first).all()) else None return number if number in (0.0, 1.0) "
-     "else None  ->  if False: state = operand.builder.graph.states[str(operand.node.target)] tensor "
-     "= state.tensor if state.kind != 'constant' or not 0 < tensor.numel() <= 4096 or "
-     "tensor.is_complex(): return None first = tensor.flatten()[0] number = first.item() if bool(("
-     "tensor == first).all()) else None return number if number in (0.0, 1.0) else None"):
+     "tensor.numel() <= 4096 or tensor.is_complex(): return None first = tensor.flatten()[0] return "
+     "float(first) if bool((tensor == first).all()) else None  ->  if False: state = "
+     "operand.builder.graph.states[str(operand.node.target)] tensor = state.tensor if state.kind != "
+     "'constant' or not 0 < tensor.numel() <= 4096 or tensor.is_complex(): return None first = "
+     "tensor.flatten()[0] return float(first) if bool((tensor == first).all()) else None"):
         f"a stored number is not recognized: {_FEWER}",
-    ("_merge", "rw.match(isinstance(inner.right, float) and isinstance(inner.left, Value))  ->  "
-     "rw.match(isinstance(outer.right, float) and isinstance(inner.left, Value))"): _ANY_TERM,
-    ("_merge", "rw.match(isinstance(inner.right, float) and isinstance(inner.left, Value))  ->  "
-     "rw.match(isinstance(inner.right, float) and isinstance(outer.left, Value))"):
-        "no op of a graph has two numbers",
     ("_merge", "rw.match(rw.only_user(inner, outer) and inner.left.dtype == outer.out.dtype)  ->  "
      "rw.match(rw.only_user(inner, outer) and outer.left.dtype == outer.out.dtype)"):
         "a float makes a sum or product of integers floating in one step as in two",
+    ("_merge", "rw.match(rw.only_user(inner, outer) and inner.left.dtype == outer.out.dtype)  ->  "
+     "rw.match(rw.only_user(inner, outer) and inner.left.dtype == inner.out.dtype)"):
+        "both results are floating, of the same width",
     ("_merge", "isinstance(outer.right, float) and outer.out.dtype.is_floating_point  ->  "
      "isinstance(outer.right, float)"): "with a float it is floating",
     ("collect_terms: written", "rw.match(isinstance(value, Value) and (not value.is_constant))  ->  "
@@ -195,8 +189,8 @@ EQUIVALENT = {
      "if len(before) > rank or before != after or any((size < 0 for size in after)):"): _MARGINS,
     ("margins", "pad.input.ndim - 2  ->  2 - pad.input.ndim"): f"no frame is found: {_FEWER}",
     ("margins", "pad.input  ->  pad.out"): "padding keeps the number of axes, all it is for",
-    ("_through_pool", "pool.input  ->  pool.out"): "a pool keeps the number of axes, all it is for",
-    ("_through_pad", "pad.mode != 'constant' or (by.shift is None and (pad.value is None or "
+    ("through_pool", "pool.input  ->  pool.out"): "a pool keeps the number of axes, all it is for",
+    ("through_pad", "pad.mode != 'constant' or (by.shift is None and (pad.value is None or "
      "pad.value == 0))  ->  pad.mode != 'constant' and (by.shift is None and (pad.value is None or "
      "pad.value == 0))"): f"both are demanded where one suffices: {_FEWER}",
     ("_absorb[ops.Copy]", "rw.require(not getattr(op, 'train', False), f'{describe(op.out)} drops "

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from graphopt.ir import ops
 from graphopt.ir.linearity import AFFINE, Region, obstacle, starts
 from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
@@ -55,7 +57,7 @@ def _beside(end: ops.Op) -> tuple[Value, Value] | None:
 
 
 def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
-    looks_up = not start.dtype.is_floating_point
+    looks_up = start.dtype in (torch.int64, torch.int32)
     rw.match(looks_up or start.dtype == end.out.dtype)
     region = Region(rw, start)
     region.labels(end.out)

@@ -1,0 +1,158 @@
+"""Merge times and latencies on a Llama of 27M parameters with an adapter on every linear map.
+
+    python -m benchmarks.adapters.llama
+    python -m benchmarks.adapters.llama --method LoRA --method OFT
+
+"merge" is what both have to do: from the parameters of the adapter to the weights of a plain model
+(`materialize` with us, `merge_and_unload` with PEFT). "all" is ours with capture, analysis and checks.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import graphopt
+from benchmarks.adapters.methods import METHODS, adapted, ops_of
+from graphopt.verify.model import relative_error
+
+RESULTS = Path(__file__).parents[1] / "results"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TIMED = [
+    "LoRA",
+    "DoRA",
+    "OFT",
+    "LoHa",
+    "FourierFT",
+    "C3A",
+    "IA3",
+    "VeRA",
+    "RoAd",
+    "HRA",
+    "MiSS",
+    "LoKr",
+]
+ROUNDS = 5
+
+
+class Logits(nn.Module):
+    """A language model from token ids to logits, without a cache."""
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=8, vocab_size=2048, max_position_embeddings=256,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(config)
+        self.requires_grad_(False).eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+def measure(method: str) -> dict[str, Any]:
+    """The row of a method."""
+    model = adapted(Logits(), TARGETS, method)
+    ids = torch.randint(0, 2048, (2, 128))
+    row: dict[str, Any] = {"method": method}
+    start = time.perf_counter()
+    fast = graphopt.optimize(model, (ids,), passes="deploy")
+    row["all s"] = time.perf_counter() - start
+    row["merge ms"] = 1e3 * dict(fast.report.passes)["materialize"]
+    theirs = []
+    for _ in range(3):
+        other = copy.deepcopy(model)
+        start = time.perf_counter()
+        other = other.merge_and_unload(progressbar=False)
+        theirs.append(time.perf_counter() - start)
+    row["PEFT merge ms"] = 1e3 * statistics.median(theirs)
+    plain = graphopt.optimize(Logits(), (ids,), passes="deploy")
+    row["ops"], row["base ops"] = len(ops_of(fast)), len(ops_of(plain))
+    with torch.no_grad():
+        row["error"] = relative_error(fast(ids), model(ids))
+        for name, tokens in (("prefill 128", 128), ("decode 1", 1)):
+            x = ids[:1, :tokens] if tokens > 1 else ids[:2, :1]
+            sides: list[Callable[..., Any]] = [fast, plain, model, other]
+            try:
+                times = in_turn(sides, x)
+            except graphopt.InputError:
+                continue
+            row[f"{name}: merged/base"] = statistics.median(a / b for a, b, *_ in times)
+            row[f"{name}: unmerged/merged"] = statistics.median(one[2] / one[0] for one in times)
+    return row
+
+
+def in_turn(sides: list[Callable[..., Any]], x: torch.Tensor) -> list[tuple[float, ...]]:
+    """Seconds of every side, round by round, each as often first as the others."""
+    for side in sides:
+        side(x)
+    rounds = []
+    for number in range(4 * ROUNDS):
+        seconds = [0.0] * len(sides)
+        for step in range(len(sides)):
+            turn = (number + step) % len(sides)
+            start = time.perf_counter()
+            sides[turn](x)
+            seconds[turn] = time.perf_counter() - start
+        rounds.append(tuple(seconds))
+    return rounds
+
+
+def main(
+    method: Annotated[list[str] | None, typer.Option(help="only this method; repeatable")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
+) -> None:
+    """Measure methods, keep their rows, and print the table."""
+    if unknown := set(method or ()) - set(METHODS):
+        raise typer.BadParameter(f"unknown {sorted(unknown)}; expected of {', '.join(METHODS)}")
+    warnings.simplefilter("ignore")
+    path = out / "adapters_llama.json"
+    rows = (
+        {one["method"]: one for one in json.loads(path.read_text())["rows"]}
+        if path.exists()
+        else {}
+    )
+    about = {"torch": torch.__version__, "peft": importlib.metadata.version("peft"),
+             "threads": torch.get_num_threads()}  # fmt: skip
+    for name in method or TIMED:
+        rows[name] = measure(name)
+        print(rows[name], flush=True)
+        path.write_text(json.dumps({"about": about, "rows": list(rows.values())}, indent=1) + "\n")
+        (out / "adapters_llama.md").write_text(markdown(about, list(rows.values())))
+    print((out / "adapters_llama.md").read_text())
+
+
+def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["# Adapters on a Llama of 27M parameters", "",
+             ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
+             "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]  # fmt: skip
+    for row in rows:
+        lines.append("| " + " | ".join(_text(row.get(head, "")) for head in heads) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if value < 1e-3 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
