@@ -7,10 +7,12 @@ at `transposed`). A graph in which that could match is compiled without freezing
 
 from __future__ import annotations
 
+import copy
 import shutil
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from graphopt.backends.base import Backend
@@ -43,15 +45,36 @@ def _name(node: fx.Node) -> str:
 
 def lower(module: fx.GraphModule, trainable: bool) -> Any:
     """Compiled lazily, on the first call. Frozen code serves calls without gradients only."""
-    general = torch.compile(module)
-    if trainable or not may_freeze(module):
-        return general
-    frozen = torch.compile(module, options={"freezing": True})
+    function = plain(module).forward
+    general = torch.compile(function)
+    frozen = None
+    if not trainable and may_freeze(module):
+        frozen = torch.compile(function, options={"freezing": True})
+    in_spec: Any = module._in_spec
+    out_spec: Any = module._out_spec
+    args_spec, kwargs_spec = in_spec.children()
+    flat = not kwargs_spec.context and all(one.is_leaf() for one in args_spec.children())
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return general(*args, **kwargs) if torch.is_grad_enabled() else frozen(*args, **kwargs)
+        leaves = args if flat else pytree.tree_leaves((args, kwargs))
+        compiled = general if frozen is None or torch.is_grad_enabled() else frozen
+        found = compiled(*leaves)
+        return found[0] if out_spec.is_leaf() else pytree.tree_unflatten(found, out_spec)
 
     return run
+
+
+def plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module from leaves to a tuple of leaves: every layer around compiled code costs as much
+    as a small kernel."""
+    graph = copy.deepcopy(module.graph)
+    graph.set_codegen(fx.graph.CodeGen())
+    (found,) = graph.output_node().args
+    graph.output_node().args = (tuple(found) if isinstance(found, (list, tuple)) else (found,),)
+    twin = fx.GraphModule(module, graph)
+    for registry in ("_parameters", "_buffers", "_modules"):  # also what is replaced later
+        twin.__dict__[registry] = module.__dict__[registry]
+    return twin
 
 
 BACKEND = Backend("inductor", lower, missing)
