@@ -63,6 +63,8 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
     region.labels(end.out)
     rw.match(len(region.steps) > 1)
     if looks_up:
+        tables = [one for one in gone(rw, end, region) if isinstance(one, ops.Embedding)]
+        rw.match(end.out.shape[-1] <= sum(one.out.shape[-1] for one in tables))  # no larger table
         merged = rw.emit(ops.Embedding(region.table(end.out), start), like=end)
     else:
         weight, bias = region.affine(end.out)

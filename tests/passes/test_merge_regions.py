@@ -121,6 +121,25 @@ def test_what_would_cost_more_stays() -> None:
     assert calls(optimized(Reversed(), "deploy", (2, 3, 2048))) == ["flip", "mul", "add", "relu"]
 
 
+def test_a_table_does_not_grow() -> None:
+    class Tables(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.words, self.more = nn.Embedding(10, 8), nn.Embedding(10, 8)
+            self.out = nn.Linear(8, size)
+            self.eval().double()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.out(self.words(tokens) + 0.5 * self.more(tokens))
+            return y.relu()
+
+    tokens = torch.randint(0, 10, (3, 7))
+    wide, narrow = (graphopt.optimize(Tables(size), (tokens,)) for size in (9, 8))
+    assert calls(wide) == ["embedding", "linear", "relu"]
+    assert calls(narrow) == ["embedding", "relu"]
+    assert tuple(next(iter(narrow.parameters())).shape) == (10, 8)
+
+
 def calls(model: nn.Module) -> list[str]:
     graph = model.graph_module.graph  # type: ignore[union-attr]
     return [node.target.__name__.partition(".")[0] for node in graph.nodes
