@@ -26,8 +26,8 @@ def test_text_round_trips(text: str):
 
 def test_presets_are_named_pipelines():
     texts = [stage.text for stage in graphopt.Pipeline("tune,materialize")]
-    together = "[fold-batch-norm,absorb-scales,merge-sequences,merge-branches]"
-    assert texts == ["canonicalize", together, "canonicalize", "materialize"]
+    together = "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches]"
+    assert texts == ["canonicalize", together, "merge-regions", "canonicalize", "materialize"]
 
 
 def test_passes_in_brackets_share_a_worklist():

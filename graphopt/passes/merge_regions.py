@@ -62,6 +62,7 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
     region = Region(rw, start)
     region.labels(end.out)
     rw.match(len(region.steps) > 1)
+    _exact(rw, region, end.out.dtype)
     if looks_up:
         tables = [one for one in gone(rw, end, region) if isinstance(one, ops.Embedding)]
         rw.match(end.out.shape[-1] <= sum(one.out.shape[-1] for one in tables))  # no larger table
@@ -71,6 +72,17 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
         merged = rw.emit(ops.Linear(start, weight, bias), like=end)
     rw.pays(gone(rw, end, region), merged)
     return merged
+
+
+def _exact(rw: Rewriter, region: Region, dtype: torch.dtype) -> None:
+    """No value on the way may be rounded more than what goes in and comes out."""
+    for step in region.steps.values():
+        found = step.op.out.dtype
+        real = found.to_real() if found.is_complex else found
+        rw.require(
+            torch.promote_types(real, dtype) == real,
+            f"{describe(step.op.out)} rounds {dtype} to {found}",
+        )
 
 
 def gone(rw: Rewriter, end: ops.Op, region: Region) -> list[ops.Op]:

@@ -839,13 +839,30 @@ def _(d: Draw) -> Drawn:
     return read_call("gather", x, d.dim(2), index)
 
 
+@case(ops.Index)
+def _(d: Draw) -> Drawn:
+    index = torch.zeros(3, dtype=torch.int64)
+    return read_call("index.Tensor", d.tensor(3, 3), [None, index])
+
+
+@case(ops.Fourier)
+def _(d: Draw) -> Drawn:
+    return read_call("fft_fft", d.tensor(3, 4))
+
+
+@case(ops.Real, ops.Imag, ops.Conj)
+def _(d: Draw, cls: type[Op]) -> Drawn:
+    name = {ops.Real: "real", ops.Imag: "imag", ops.Conj: "conj_physical"}[cls]
+    return read_call(name, torch.complex(d.tensor(3), d.tensor(3)))
+
+
 # -- the tests -----------------------------------------------------------------------------------
 
 CLASSES = sorted({cls for found in TABLE.values() for cls in found}, key=lambda cls: cls.__name__)
 # An entry of these is an unknown element: operands and options determine it, nothing more is known.
 UNKNOWN = {
-    ops.Embedding, ops.Gather, ops.IndexSelect, ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool,
-    ops.Split,
+    ops.Conj, ops.Embedding, ops.Fourier, ops.Gather, ops.Imag, ops.Index, ops.IndexSelect,
+    ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool, ops.Real, ops.Split,
 }  # fmt: skip
 NO_SIZES = {ops.Split}  # its output is a list
 
