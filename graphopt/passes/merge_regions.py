@@ -21,6 +21,9 @@ from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
+# A region without any of these, the mean of a norm for example, is better left as it is.
+MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding)
+
 
 @rewrite(
     root=AFFINE,
@@ -62,6 +65,7 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
     region = Region(rw, start)
     region.labels(end.out)
     rw.match(len(region.steps) > 1)
+    rw.match(any(isinstance(step.op, MATRICES) for step in region.steps.values()))
     _exact(rw, region, end.out.dtype)
     if looks_up:
         tables = [one for one in gone(rw, end, region) if isinstance(one, ops.Embedding)]
