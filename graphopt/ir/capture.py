@@ -67,7 +67,13 @@ def capture(
         try:
             # A trace may run parts of the module for real. Gradients are on, or export would not
             # see where the model turns them off.
-            with _quiet(), restored(model), torch.enable_grad(), _DataDetached():
+            with (
+                _quiet(),
+                restored(model),
+                _attributes_kept(model),
+                torch.enable_grad(),
+                _DataDetached(),
+            ):
                 program = rung()
             graph = from_exported(program, model, args, kwargs)
             difference = misfit(graph, args, kwargs)
@@ -292,21 +298,31 @@ def clone_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def restored(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Fix the seed; afterwards put back the random state, the module's buffers, and what its modules
-    had for attributes: a trace may leave its stand-ins for tensors there."""
+    """Fix the seed; afterwards put the module's buffers and the random state back."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = [(vars(one), _contents(one)) for one in model.modules()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            for now, before in attributes:
-                _put_back(now, before)
             with torch.no_grad():
                 for buffer, value in kept:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what the modules had for attributes: a trace may leave its stand-ins for tensors there.
+
+    For traces only: what a run for real sets up, a lazy module or a cache, stays.
+    """
+    attributes = [(vars(one), _contents(one)) for one in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            _put_back(now, before)
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:

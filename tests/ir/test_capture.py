@@ -168,6 +168,50 @@ def test_a_counter_in_a_buffer_counts():
     assert [fast(torch.ones(2))[0].item() for _ in range(3)] == [1, 2, 3]
 
 
+def test_a_lazy_module_and_a_cache_are_captured():
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen = nn.LazyLinear(4), {}
+
+        def forward(self, x):
+            y = self.linear(x)
+            if "scale" not in self.seen:
+                self.seen["scale"] = self.linear.weight.data.abs().sum()
+            return y * self.seen["scale"]
+
+    x, model = torch.randn(3, 5), Cached()
+    fast = graphopt.optimize(copy.deepcopy(model), (x,))
+    assert fast.report.capture.method.startswith("export")
+    torch.manual_seed(0)  # as the copy was set up with, on its first run
+    assert torch.allclose(fast(x), model(x), atol=1e-6)
+
+
+def test_what_a_trace_leaves_in_attributes_is_put_back():
+    class Remembers(nn.Module):
+        """Its forward replaces a parameter and keeps what it computes, as adapters of PEFT do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.eye(4)), None
+
+        def forward(self, x):
+            weight = self.weight
+            del self.weight
+            self.weight = weight * 2
+            self.last = x @ self.weight
+            result = self.last + 0
+            del self.weight
+            self.register_parameter("weight", weight)
+            return result
+
+    x, model = torch.randn(3, 4), Remembers()
+    fast = graphopt.optimize(model, (x,))
+    assert torch.equal(fast(x), 2 * x)
+    copy.deepcopy(model)
+    assert type(model.last) in (type(None), torch.Tensor)
+
+
 def test_tied_weights_stay_tied():
     class Tied(nn.Module):
         def __init__(self) -> None:
