@@ -14,7 +14,9 @@ from graphopt.ir.contracts import (
 )
 from graphopt.ir.pattern import rewrite_from as rewrite_from
 from graphopt.ir.rewrite import Rewriter as Rewriter, rewrite as rewrite
+from graphopt.ir.variants import NotAVariant as NotAVariant
 from graphopt.module import InputError as InputError, OptimizedModule as OptimizedModule
+from graphopt.multi import multi as multi
 from graphopt.optimize import declared_inputs as declared_inputs, optimize as optimize
 from graphopt.passes.base import Pass as Pass, PassError as PassError, RewritePass as RewritePass
 from graphopt.pipeline import Pipeline as Pipeline, PipelineError as PipelineError

@@ -176,10 +176,10 @@ def _optimize_whole(
     options.say(f"capturing {type(source).__name__}")
     start = time.perf_counter()
     captured = options.capture(source, args, kwargs, options.dynamic_shapes)
-    return _rewrite(source, captured, args, kwargs, options, time.perf_counter() - start)
+    return rewrite_captured(source, captured, args, kwargs, options, time.perf_counter() - start)
 
 
-def _rewrite(
+def rewrite_captured(
     source: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any],
     options: Options, seconds: float,
 ) -> OptimizedModule:  # fmt: skip

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
@@ -170,6 +171,24 @@ class Graph:
             node.meta["val"] = self.fake_mode.from_tensor(state.tensor, static_shapes=True)
             node.meta["where"] = name.rpartition(".")[0]
             self._reads[name] = node
+        return node
+
+    def add_input(self, name: str, dtype: torch.dtype, *shape: Any) -> Node:
+        """Take another tensor, as the keyword input `name`; sizes may be those of other inputs."""
+        args, kwargs = pytree.tree_unflatten(list(self.signature.inputs), self.signature.in_spec)
+        known = [one for one, _, _ in self.signature.parameters]
+        if name in known or name in kwargs:
+            raise GraphError(f"there is an input {name} already")
+        spec = pytree.tree_flatten((args, {**kwargs, name: None}))[1]
+        self.signature = Signature(
+            spec, self.signature.out_spec, (*self.signature.inputs, None),
+            (*self.signature.parameters, (name, int(inspect.Parameter.KEYWORD_ONLY), REQUIRED)),
+            (*self.signature.names, name),
+        )  # fmt: skip
+        with self.fx.inserting_after(self.inputs[-1]):
+            node = self.fx.placeholder(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=self.device)
         return node
 
     def _head(self) -> Node:
