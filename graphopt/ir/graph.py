@@ -34,13 +34,13 @@ class GraphError(RuntimeError):
 class State:
     """A parameter, a buffer or a literal tensor of the model.
 
-    `exact` holds the float64 value that `tensor` is the rounding of, where a pass computed one.
+    `exact` gives the float64 value that `tensor` is the rounding of, where a pass computed one.
     """
 
     tensor: torch.Tensor
     kind: str  # "parameter", "buffer" or "constant"
     persistent: bool = True
-    exact: torch.Tensor | None = None
+    exact: Callable[[], torch.Tensor] | None = None
 
     @property
     def saved(self) -> bool:
@@ -161,14 +161,18 @@ class Graph:
 
     # -- states -------------------------------------------------------------------------------
 
-    def read(self, name: str) -> Node:
-        """The one node that reads state `name`, made on first use at the head of the graph."""
+    def read(self, name: str, like: Node | None = None) -> Node:
+        """The one node that reads state `name`, made on first use at the head of the graph. `like`
+        has the same type, if that is known."""
         node = self._reads.get(name)
         if node is None or node._erased:
             state = self.states[name]
             with self.fx.inserting_before(self._head()):
                 node = self.fx.get_attr(name)
-            node.meta["val"] = self.fake_mode.from_tensor(state.tensor, static_shapes=True)
+            node.meta["val"] = (
+                self.fake_mode.from_tensor(state.tensor, static_shapes=True)
+                if like is None else like.meta["val"]
+            )  # fmt: skip
             node.meta["where"] = name.rpartition(".")[0]
             self._reads[name] = node
         return node
@@ -197,11 +201,11 @@ class Graph:
             self._first = next(n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr"))
         return self._first
 
-    def add_state(self, name: str, state: State) -> Node:
-        """Store a new state under `name`, or under `name_1`, ... where that is taken."""
+    def add_state(self, name: str, state: State, like: Node | None = None) -> Node:
+        """Store a new state under `name`, or under `name_1`, ... where that is taken; see `read`."""
         free = self._free(name)
         self.states[free] = state
-        return self.read(free)
+        return self.read(free, like)
 
     def _free(self, name: str) -> str:
         free, count = name, 0

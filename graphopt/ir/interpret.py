@@ -82,11 +82,14 @@ class Interpreter:
                     del env[used]
         raise AssertionError("a graph without an output")
 
-    def state(self, name: str) -> torch.Tensor:
+    def state(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """The value of a state, or some of its rows."""
         state = self.graph.states[name]
+        value = state.tensor
         if self.lifted:
-            return lift(state.tensor.detach() if state.exact is None else state.exact)  # type: ignore[no-any-return]
-        return state.tensor
+            value = value.detach() if state.exact is None else state.exact()
+        value = value if rows is None else value[rows]
+        return lift(value) if self.lifted else value  # type: ignore[no-any-return]
 
     def call(self, node: fx.Node, env: Any) -> Any:
         """The value of one call, its inputs looked up in `env`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -372,7 +373,7 @@ class _Router:
         device = op.out.meta.device
         rounded = torch.nn.Parameter(value.to(device, dtype).contiguous(), requires_grad=False)
         place = f"{self.graph.where(op.out.node)}.variants_{name}".lstrip(".")
-        exact = value.to(device).contiguous()
+        exact = partial(torch.Tensor.detach, value.to(device).contiguous())
         return builder.value(self.graph.add_state(place, State(rounded, "parameter", exact=exact)))
 
 

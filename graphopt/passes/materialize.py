@@ -10,6 +10,8 @@ quantization), the part is evaluated in its own dtypes instead, bit for bit as t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from graphopt.ir.builder import Builder
 from graphopt.ir.contracts import Algebraic, Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, State
-from graphopt.ir.interpret import Evaluator
+from graphopt.ir.interpret import Evaluator, lift
+from graphopt.ir.tiles import Tiles
 from graphopt.passes.base import Pass
 
+KEPT = 1 << 26  # bytes of values kept while they are computed from each other
 _VIEWS = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Detach, ops.Copy)
 _ROUNDING = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc", "aten::sign",
              "aten::fake_quantize_per_tensor_affine", "aten::fake_quantize_per_channel_affine"}  # fmt: skip
@@ -37,17 +41,27 @@ class Materialize(Pass):
 
     def run(self, session: Session) -> None:
         graph = session.graph
-        lifted, plain = Evaluator(graph, lifted=True), Evaluator(graph, lifted=False)
+        before = graph.clone()  # what the results are made of, for those who ask for them in float64
+        twin = dict(zip(graph.fx.nodes, before.fx.nodes, strict=True))
+        lifted, plain = Evaluator(before, limit=KEPT), Evaluator(before, lifted=False)
+        tiles = Tiles(before, lifted)
         made: list[tuple[str, str]] = []
         for node in frontier(graph):
             cone = cone_of(node)
             if not self._worthwhile(graph, node, cone):
                 continue
-            exact = lifted.evaluate(node)
             own = rounds_inside(graph, node, cone)
-            state = stored(graph, exact, plain.evaluate(node) if own else exact, node, cone)
+            exact = partial(lifted.evaluate, twin[node])
+            if own:
+                value = plain.evaluate(twin[node])
+            elif (value := tiles.rounded(twin[node])) is None:
+                value = exact()
+            state = stored(graph, value, node, cone)
+            state.exact = exact if own else partial(rounding_of, exact, state.tensor)
             wish = role(graph, node)
-            read = graph.add_state(f"materialized_{len(made)}", state)
+            alike = state.tensor.stride() == node.meta["val"].stride()
+            name = f"materialized_{len(made)}"
+            read = graph.add_state(name, state, like=node if alike else None)
             contract = Exact() if own else Algebraic()
             if session.replace("materialize", contract, node, read, [read]):
                 made.append((str(read.target), wish))
@@ -117,9 +131,7 @@ def _narrower(to: torch.dtype, of: torch.dtype) -> bool:
     return floating and torch.promote_types(to, of) != to
 
 
-def stored(
-    graph: Graph, exact: torch.Tensor, value: torch.Tensor, node: fx.Node, cone: list[fx.Node]
-) -> State:
+def stored(graph: Graph, value: torch.Tensor, node: fx.Node, cone: list[fx.Node]) -> State:
     """The state for an evaluated cone: a parameter if it comes from one."""
     sources = [graph.states[str(one.target)] for one in cone if one.op == "get_attr"]
     dtype: torch.dtype = node.meta["val"].dtype
@@ -128,13 +140,26 @@ def stored(
         tensor = tensor.contiguous()
     if any(_shares(tensor, one.tensor) for one in sources):
         tensor = tensor.clone()
-    keep = exact if exact.dtype != dtype or value is not exact else None
     if dtype.is_floating_point or dtype.is_complex:
         if any(one.kind == "parameter" for one in sources):
             grad = any(one.tensor.requires_grad for one in sources)
-            return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter", exact=keep)
-    kind = "buffer" if any(one.kind == "buffer" for one in sources) else "constant"
-    return State(tensor, kind, exact=keep)
+            return State(torch.nn.Parameter(tensor, requires_grad=grad), "parameter")
+    return State(tensor, "buffer" if any(one.kind == "buffer" for one in sources) else "constant")
+
+
+def rounding_of(exact: Callable[[], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """The exact value of which `tensor` is the rounding.
+
+    Raises:
+        ArithmeticError: if it is not.
+    """
+    value = exact()
+    if tensor.is_floating_point() and tensor.numel():
+        found, limits = lift(tensor.detach()), torch.finfo(tensor.dtype)
+        allowed = limits.eps * value.abs() + 1e-12 * value.abs().max() + limits.tiny
+        if bool(((found - value).abs() > allowed).logical_and(found.isfinite()).any()):
+            raise ArithmeticError("what is stored is not what the expression evaluates to")
+    return value
 
 
 def _layouts(ndim: int) -> tuple[torch.memory_format, ...]:

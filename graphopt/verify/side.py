@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,8 +80,9 @@ class Side:
                 )
         graph = self._graph.clone()
         for state in graph.states.values():
-            state.exact = exact = lift(state.tensor.detach().clone())
+            exact = lift(state.tensor.detach().clone())
             round_all([exact], unit)
+            state.exact = partial(torch.Tensor.detach, exact)
         leaves = pytree.tree_leaves(clone_inputs(*inputs))
         return list(Interpreter(graph, lifted=True, writes=False).run(leaves))
 
