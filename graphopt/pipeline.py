@@ -36,7 +36,7 @@ PRESETS = {
     "tune": "canonicalize,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
     "canonicalize",
-    "deploy": "tune,stack-siblings,materialize,canonicalize",
+    "deploy": "tune,drop-zeros,stack-siblings,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
 _TOGETHER = re.compile(r"\[([^\[\]]*)\](?:,|$)")

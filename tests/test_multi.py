@@ -118,8 +118,9 @@ def gain(net: Net) -> None:
 
 
 def biases(net: Net) -> None:
-    nn.init.normal_(net.first.bias)
-    nn.init.normal_(net.conv.bias)
+    for one in net.modules():
+        if isinstance(one, (nn.Linear, nn.Conv2d)) and one.bias is not None:
+            nn.init.normal_(one.bias)
 
 
 KINDS = [low_rank, low_rank_table, low_rank_convolution, scales, directions, rotation, norms, gain,

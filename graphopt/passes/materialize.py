@@ -23,6 +23,7 @@ from graphopt.ir.contracts import Algebraic, Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.interpret import Evaluator, lift
+from graphopt.ir.storage import compressed
 from graphopt.ir.tiles import Tiles
 from graphopt.passes.base import Pass
 
@@ -38,6 +39,7 @@ class Materialize(Pass):
 
     name = "materialize"
     limit: int = 1 << 22  # elements a result may have beyond the states it is computed from
+    dequantize: bool = False  # store in full what is stored in a byte or less per element
 
     def run(self, session: Session) -> None:
         graph = session.graph
@@ -75,6 +77,8 @@ class Materialize(Pass):
         states = [one for one in cone if one.op == "get_attr"]
         size = node.meta["val"].numel()
         if size > sum(one.meta["val"].numel() for one in states) + self.limit:
+            return False
+        if not self.dequantize and compressed(node) is not None:
             return False
         builder = Builder(graph, node)
         if all(one.op == "get_attr" or isinstance(builder.view(one), _VIEWS) for one in cone):

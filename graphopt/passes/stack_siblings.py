@@ -2,6 +2,8 @@
 
     cat(W1 x + b1, W2 x + b2)  =  cat(W1, W2) x + cat(b1, b2)
 
+    A f(V x) + B f(W x)  =  cat(A, B) f(cat(V, W) x),    f pointwise: a bottleneck beside an MLP
+
 A concatenation becomes the map itself; maps that are read apart become slices of it, where that is
 faster on the target: queries, keys and values; gates and what they gate; branches of an inception.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 from graphopt.ir import ops
 from graphopt.ir.driver import Session
+from graphopt.ir.ops import plus
 from graphopt.ir.rewrite import Rewriter, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
@@ -53,6 +56,34 @@ def stack_siblings(first: ops.Conv | ops.Linear, rw: Rewriter) -> Value:
     for one, piece in list(zip(siblings, pieces, strict=True))[1:]:
         rw.replace(one.out, piece)
     return pieces[0]
+
+
+@rewrite
+def stack_added(op: ops.Add, rw: Rewriter) -> Value:
+    """Linear maps of one activation of linear maps of one input add up to a wider one."""
+    outer = [rw.producer(one, ops.Linear) for one in (op.left, op.right)]
+    rw.match(all(rw.only_user(one, op) and one.weight.is_constant for one in outer))
+    acts = [rw.producer(one.input, ops.Activation) for one in outer]
+    rw.match(_same_function(*acts))
+    inner = [rw.producer(one.input, ops.Linear) for one in acts]
+    rw.match(_alike(*inner))
+    chain = [*zip(acts, outer, strict=True), *zip(inner, acts, strict=True)]
+    rw.match(all(rw.only_user(one, reader) for one, reader in chain))
+    rw.match(outer[0].weight.dtype == outer[1].weight.dtype == op.out.dtype)
+    hidden = rw.emit_like(acts[0], input=_stacked(rw, inner))
+    weight = rw.emit(ops.Cat(tuple(one.weight for one in outer), 1))
+    wide = rw.emit_like(outer[0], input=hidden, weight=weight, bias=plus(outer[0].bias, outer[1].bias))
+    rw.pays([op, *outer, *acts, *inner], wide)
+    return wide
+
+
+def _same_function(left: ops.Op, right: ops.Op) -> bool:
+    """Whether two activations are one function, the same for all features."""
+    kinds = ops.Activation.__subclasses__()
+    if any(isinstance(left, one) != isinstance(right, one) for one in kinds):
+        return False
+    pairs = [(getattr(left, one), getattr(right, one)) for one in left.field_names() - {"input"}]
+    return all(not isinstance(a, Value) and a == b for a, b in pairs)
 
 
 def _features(one: Any) -> int:
@@ -97,7 +128,7 @@ class StackSiblings(RewritePass):
     """Convolutions or linear maps of one input become one, where that is faster."""
 
     name = "stack-siblings"
-    rewrites = (stack_concatenated, stack_siblings)
+    rewrites = (stack_added, stack_concatenated, stack_siblings)
 
     def run(self, session: Session) -> None:
         for one in self.rewrites:  # slices that are concatenated again are no siblings

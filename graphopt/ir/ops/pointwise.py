@@ -311,6 +311,11 @@ class Elu(Activation):
     scale: float = 1
     input_scale: float = 1
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        limit = abs(self.alpha * self.scale)  # exp(x) - 1 may cancel
+        slope = max(abs(self.scale), limit * abs(self.input_scale))
+        return slope * magnitude(self.input) + run(value).abs() + limit
+
 
 @op("mish.default")
 class Mish(Activation):

@@ -232,7 +232,8 @@ def _(p: Pattern, cls: Any, shape: Shape) -> Op:
 @entry(ops.PRelu)
 def _(p: Pattern, cls: Any, shape: Shape) -> Op:
     shape = _shape(p, shape)
-    return cls(p.leaf(shape), p.vector(shape[1], "slope"))  # type: ignore[no-any-return]
+    count = shape[1] if len(shape) > 1 else 1  # channels are the second axis, if there is one
+    return cls(p.leaf(shape), p.vector(count, "slope"))  # type: ignore[no-any-return]
 
 
 @entry(ops.Clamp)

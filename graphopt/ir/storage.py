@@ -1,0 +1,83 @@
+"""What a model stores: whether new parameters would be kept beside those that they are made of.
+
+A parameter that others read stays when one reader's map is merged with something of its own: the
+model then stores it twice. One that is stored in a byte or less per element, and expanded on every
+call, would be stored in full. Both are for the user to ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import fx
+
+from graphopt.ir.graph import Graph
+
+
+def states_of(node: fx.Node) -> list[fx.Node]:
+    """The states that a parameter-only value is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        for one in stack.pop().all_input_nodes:
+            if one not in seen:
+                seen.add(one)
+                stack.append(one)
+    return [one for one in seen if one.op == "get_attr"]
+
+
+def readers_of(graph: Graph, state: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The ops, constant ones not counted, that depend on a state directly."""
+    found, seen, stack = set(), {state}, [state]
+    while stack:
+        for user in stack.pop().users:
+            if user in seen or user in without:
+                continue
+            seen.add(user)
+            if graph.is_constant(user):
+                stack.append(user)
+            else:
+                found.add(user)
+    return found
+
+
+def kept_twice(
+    graph: Graph, operand: fx.Node, gone: Collection[fx.Node], made: Collection[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """A state as large as a new parameter, and who reads it still; None if there is none.
+
+    Readers that read all that the new parameter is made of, each in the same way, will share it.
+    """
+    states = states_of(operand)
+    size = operand.meta["val"].numel()
+    for state in states:
+        if 2 * state.meta["val"].numel() < size:
+            continue
+        readers = readers_of(graph, state, made)
+        others = readers - set(gone)
+        alike = len(states) > 1 and all(
+            len(readers_of(graph, one, made)) >= len(readers) for one in states
+        )
+        if others and not alike:
+            return state, min(others)
+    return None
+
+
+def compressed(operand: fx.Node) -> fx.Node | None:
+    """A state in a byte per element, or packed, that is expanded to a wider parameter."""
+    value = operand.meta["val"]
+    for state in states_of(operand):
+        found = state.meta["val"]
+        narrow = found.dtype.itemsize == 1 and found.dtype != torch.bool
+        if narrow and value.dtype.itemsize > 1 and 2 * found.numel() >= value.numel():
+            return state
+    return None
+
+
+def parameters_read(graph: Graph, nodes: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """The parameters that some ops read: what is stored in Deploy mode."""
+    for node in nodes:
+        if not graph.is_constant(node):
+            for one in node.all_input_nodes:
+                if graph.is_constant(one) and isinstance(one.meta.get("val"), torch.Tensor):
+                    yield one

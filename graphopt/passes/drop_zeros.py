@@ -1,0 +1,93 @@
+"""Terms that are zero whatever the input is go away.
+
+    y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y
+
+A branch whose last map, gate or scale is zero in this very model: an adapter that was switched off, a
+block that was inserted as the identity (LLaMA-Pro, arXiv 2401.02415), layers pruned to zero. The values
+are those at hand, so this is for Deploy mode. Holds for finite inputs: 0 * inf is nan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from graphopt.ir import ops
+from graphopt.ir.builder import Builder
+from graphopt.ir.contracts import Algebraic
+from graphopt.ir.driver import Session
+from graphopt.ir.graph import Graph
+from graphopt.ir.interpret import Evaluator
+from graphopt.ir.storage import states_of
+from graphopt.ir.value import Value
+from graphopt.passes.base import Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class DropZeros(Pass):
+    """Branches whose last map or scale is zero are dropped from sums."""
+
+    name = "drop-zeros"
+
+    def run(self, session: Session) -> None:
+        graph, zeros = session.graph, _Zeros(session.graph)
+        for node in graph.calls:
+            builder = Builder(graph, node)
+            op = None if node._erased else builder.view(node)
+            if not isinstance(op, (ops.Add, ops.Sub)) or op.out.is_constant:
+                continue
+            sides = [(op.right, op.left)] + [(op.left, op.right)] * isinstance(op, ops.Add)
+            for zero, rest in sides:
+                if not isinstance(rest, Value) or rest.shape != op.out.shape:
+                    continue
+                found, bias = zeros.is_zero(zero)
+                if not found:
+                    continue
+                new = rest
+                if bias is not None:
+                    new = builder.emit(op.replace(left=rest, right=bias), like=op)
+                if session.replace("drop-zeros", Algebraic(), node, new.node, builder.made):
+                    session.erase_dead([node])
+                    break
+                builder.rollback()
+
+
+class _Zeros:
+    """Which values are zero for every input; a state is looked at once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._evaluator = Evaluator(graph)
+        self._known: dict[Any, bool] = {}
+
+    def is_zero(self, value: Any) -> tuple[bool, Value | None]:
+        """Whether a value is zero but for a bias, and the bias laid out to be added in its place."""
+        op = value.op if isinstance(value, Value) else None
+        if isinstance(op, (ops.Dropout, ops.Copy)) and not getattr(op, "train", False):
+            return self.is_zero(op.input)
+        if isinstance(op, (ops.Linear, ops.Conv)) and self._vanishes(op.weight):
+            bias = op.bias
+            if bias is None or self._vanishes(bias):
+                return True, None
+            return True, bias.reshape(-1, *(1,) * op.rank) if isinstance(op, ops.Conv) else bias
+        if isinstance(op, ops.Mul):
+            return self._vanishes(op.left) or self._vanishes(op.right), None
+        return False, None
+
+    def _vanishes(self, operand: Any) -> bool:
+        if not isinstance(operand, Value):
+            return bool(operand == 0)
+        if not operand.is_constant or not operand.dtype.is_floating_point:
+            return False
+        node = operand.node
+        if node not in self._known:
+            # An expression of parameters none of which is zero is taken not to be.
+            self._known[node] = (
+                not bool(self.graph.states[str(node.target)].tensor.any())
+                if node.op == "get_attr"
+                else any(self._vanishes(operand.builder.value(one)) for one in states_of(node))
+                and not bool(torch.as_tensor(self._evaluator.evaluate(node)).any())
+            )
+        return self._known[node]
