@@ -151,6 +151,13 @@ EQUIVALENT = {
     ("starts", "isinstance(op, AFFINE) and len(seen) < 2 * LARGEST  ->  len(seen) < 2 * LARGEST"):
         "a start beyond what is affine is tried too, and declined for that",
     ("gather_terms", "(op.right, op.left)  ->  (op.left, op.right)"): _FEWER,
+    ("_apart", "(a, b), (c, d) = (_range(left), _range(right))  ->  "
+     "(a, b), (c, d) = (_range(left), _range(left))"): f"no slices are found to be apart: {_FEWER}",
+    ("merge_region", "end.out.is_tensor and (not end.out.is_constant) and "
+     "end.out.dtype.is_floating_point  ->  not end.out.is_constant and "
+     "end.out.dtype.is_floating_point"): "every affine op computes a tensor",
+    ("merge_region", "None if beside is None else obstacle(rw, beside[1], beside[0])  ->  None"):
+        "only chooses which reason is reported",
     ("gather_terms: _term", "*"): _GATHERED,
     ("gather_terms: _step", "*"): _GATHERED,
     ("gather_terms: written", "*"): _GATHERED,

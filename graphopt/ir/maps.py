@@ -120,7 +120,8 @@ def compose_maps(rw: Rewriter, outer: Map, inner: Map) -> Any:
     """The map that applies `inner`, then `outer`.
 
     Padding of `outer` puts zeros around what `inner` computes; that is what `inner` makes of zeros
-    around its own input if it reads one pixel at a time and adds nothing.
+    around its own input if it reads one pixel at a time, along the axes that are padded, and adds
+    nothing.
     """
     if isinstance(outer, ops.Linear) and isinstance(inner, ops.Linear):
         first, second = widen(inner.weight, outer.weight), widen(outer.weight, inner.weight)
@@ -133,7 +134,7 @@ def compose_maps(rw: Rewriter, outer: Map, inner: Map) -> Any:
     _plain(rw, outer, inner)
     if any(padded(outer)):
         rw.require(
-            _pointwise(inner) and not any(padded(inner)),
+            all(map(_commutes, padded(outer), inner.kernel, padded(inner))),
             f"{_named(outer)} pads what {_named(inner)} computes from more than one "
             "pixel, so that its border sees zeros where the merged one would see pixels",
         )
@@ -320,6 +321,11 @@ def _named(conv: ops.Conv) -> str:
 def _static(*sizes: Any) -> bool:
     """Whether no size is dynamic: comparing one would fix it."""
     return all(isinstance(size, int) for size in sizes)
+
+
+def _commutes(outer: int, kernel: Any, inner: int) -> bool:
+    """Whether zeros that a map sees at both ends of an axis are those of the input of the map before."""
+    return not outer or (kernel == 1 and not inner)
 
 
 def _pointwise(conv: ops.Conv) -> bool:

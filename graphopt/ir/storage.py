@@ -44,23 +44,27 @@ def readers_of(graph: Graph, state: fx.Node, without: Collection[fx.Node] = ()) 
 def kept_twice(
     graph: Graph, operand: fx.Node, gone: Collection[fx.Node], made: Collection[fx.Node]
 ) -> tuple[fx.Node, fx.Node] | None:
-    """A state as large as a new parameter, and who reads it still; None if there is none.
+    """A state that stays for another reader while a new matrix is made of it, and that reader; None if
+    about as much goes away as the matrix takes.
 
-    Readers that read all that the new parameter is made of, each in the same way, will share it.
+    Readers that read all that the matrix is made of, each in the same way, will share it; those of the
+    same input may merge yet.
     """
-    states = states_of(operand)
     size = operand.meta["val"].numel()
-    for state in states:
-        if 2 * state.meta["val"].numel() < size:
-            continue
-        readers = readers_of(graph, state, made)
-        others = readers - set(gone)
-        alike = len(states) > 1 and all(
-            len(readers_of(graph, one, made)) >= len(readers) for one in states
-        )
-        if others and not alike:
-            return state, min(others)
-    return None
+    if operand.meta["val"].ndim < 2:
+        return None
+    inputs = {one for op in gone for one in op.all_input_nodes if not graph.is_constant(one)}
+    readers = {state: readers_of(graph, state, made) for state in states_of(operand)}
+    fewest = min(map(len, readers.values()), default=0)
+    saved, kept = 0, None
+    for state, found in readers.items():
+        others = {one for one in found - set(gone) if inputs.isdisjoint(one.all_input_nodes)}
+        count = state.meta["val"].numel()
+        if not others or (len(readers) > 1 and len(found) == fewest):
+            saved += count
+        elif 2 * count >= size:
+            kept = state, min(others)
+    return kept if 2 * saved < size else None
 
 
 def compressed(operand: fx.Node) -> fx.Node | None:
