@@ -78,14 +78,16 @@ def multi(
     options = Options("deploy", Pipeline(REST), backend, None, progress, float64_limit)
     start = time.perf_counter()
     sources, merged = [], []
+    notes: list[str] = []
     for number, model in enumerate([base, *adapted], -1):
         options.say(f"capturing {'the base' if number < 0 else f'adapter {number}'}")
         # The base's tensors go into the result: these are ours.
         own = copy_module(model) if number < 0 else _sharing(model)
         captured = capture(own, args, kwargs)
         sources.append(captured.graph.clone())
-        merged.append(_merged(captured.graph, options))
-        notes = captured.notes if number < 0 else notes
+        # What an adapter changes is compared with the base, not stored: nothing is stored twice.
+        merged.append(_merged(captured.graph, "tune" if number < 0 else "untie,tune", options))
+        notes += [one for one in captured.notes if one not in notes]
     options.say("combining")
     graph = merged[0]
     try:
@@ -110,17 +112,14 @@ def _sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(one): one for one in tensors})
 
 
-def _merged(graph: Graph, options: Options) -> Graph:
+def _merged(graph: Graph, passes: str, options: Options) -> Graph:
     """The graph with its adapters in the weights; unchecked, since all is checked in the end."""
-    session = Session(graph, target=target(options.backend, graph.device))
-    Pipeline("tune").run(session)
+    Pipeline(passes).run(Session(graph, target=target(options.backend, graph.device)))
     return graph
 
 
 @torch.no_grad()
-def _check(
-    graph: Graph, sources: Sequence[Graph], inputs: Sequence[Any], limit: float
-) -> None:
+def _check(graph: Graph, sources: Sequence[Graph], inputs: Sequence[Any], limit: float) -> None:
     """Every row of every adapter, alone and mixed, against its own model, in float64.
 
     Raises:
@@ -137,7 +136,9 @@ def _check(
         found = run(graph, torch.full((count,), number, device=device))
         if not (error := relative_error(found, truth)) <= limit:
             name = "the base" if number < 0 else f"adapter {number}"
-            raise ValueError(f"{name}: float64 outputs differ by {error:.1e}, more than {limit:.0e}")
+            raise ValueError(
+                f"{name}: float64 outputs differ by {error:.1e}, more than {limit:.0e}"
+            )
     for first in range(0, len(truths), max(count, 1)):
         ids = (torch.arange(count) + first) % len(truths)
         mixed = run(graph, ids.to(device) - 1)

@@ -221,7 +221,9 @@ def cp_lora(a: ConvAdapter, x: Tensor) -> Tensor:
 
 def conv_dora(a: ConvAdapter, x: Tensor) -> Tensor:
     """Magnitude and direction of every filter (arXiv 2402.09353)."""
-    weight = a.base.weight + torch.einsum("or,rikl->oikl", a.wide.weight[:, :, 0, 0], a.narrow.weight)
+    weight = a.base.weight + torch.einsum(
+        "or,rikl->oikl", a.wide.weight[:, :, 0, 0], a.narrow.weight
+    )
     weight = a.magnitude * weight / weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     return F.conv2d(x, weight, a.base.bias, padding=1)
 
@@ -347,7 +349,6 @@ MIXED = {"ups": (2, WIDTH, RANK), "downs": (2, RANK, WIDTH)}
     (kernel, LOW, "Cos .*is not affine"),
 ])  # fmt: skip
 def test_others_stay_and_say_why(function, shapes, why) -> None:
-
 
     model = nn.Sequential(Adapter(function, **shapes), nn.Tanh())
     fast = optimized(model, torch.randn(3, 5, WIDTH).double())

@@ -181,7 +181,9 @@ def test_another_number_of_rows() -> None:
         x, ids = torch.randint(0, 11, (rows, 8)), torch.randint(-1, 2, (rows,))
         with torch.no_grad():
             assert relative_error(fast(x, adapter_ids=ids), by_row(models, ids, x)) < 1e-12
-    assert fast(torch.zeros(0, 8, dtype=torch.int64), adapter_ids=torch.zeros(0).long()).shape[0] == 0
+    assert (
+        fast(torch.zeros(0, 8, dtype=torch.int64), adapter_ids=torch.zeros(0).long()).shape[0] == 0
+    )
 
 
 def test_what_is_shared_is_stored_and_computed_once() -> None:
@@ -217,7 +219,10 @@ def test_rows_inside_a_merged_first_axis() -> None:
             return self.inner(x.reshape(-1, 8)).tanh().reshape(-1, 3, 8)
 
     base = Flat().double()
-    models = [base, adapted(base, lambda one: setattr(one, "inner", LowRank(one.inner, 1).double()))]
+    models = [
+        base,
+        adapted(base, lambda one: setattr(one, "inner", LowRank(one.inner, 1).double())),
+    ]
     served(models, torch.randn(4, 3, 8).double(), torch.tensor([0, -1, 0, 0]))
 
 

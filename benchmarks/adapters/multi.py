@@ -93,7 +93,9 @@ def measure(name: str, count: int, tokens: int) -> dict[str, Any]:
 
     def theirs() -> Any:
         if name == "Llama":
-            return model.base_model.model.model(input_ids=x, use_cache=False, adapter_names=names).logits
+            return model.base_model.model.model(
+                input_ids=x, use_cache=False, adapter_names=names
+            ).logits
         return model(x, adapter_names=names)
 
     sides = [lambda: fast(x, adapter_ids=ids), theirs, lambda: plain(x)]

@@ -158,6 +158,13 @@ EQUIVALENT = {
      "end.out.dtype.is_floating_point"): "every affine op computes a tensor",
     ("merge_region", "None if beside is None else obstacle(rw, beside[1], beside[0])  ->  None"):
         "only chooses which reason is reported",
+    ("absorb_number", "rw.match(by.axis is None)  ->  (nothing)"):
+        "absorbs vectors too, as fold-scale-shift does",
+    ("scale_and_shift", "widen(self.running_var)  ->  self.running_var"): _ROUNDING,
+    ("_grown", "has - had  ->  had - has"): f"refuses every growth: {_FEWER}",
+    ("starts", "isinstance(op, AFFINE) and len(seen) < 2 * LARGEST  ->  "
+     "isinstance(op, AFFINE) or len(seen) < 2 * LARGEST"):
+        "a start beyond what is affine is tried too, and declined for that",
     ("gather_terms: _term", "*"): _GATHERED,
     ("gather_terms: _step", "*"): _GATHERED,
     ("gather_terms: written", "*"): _GATHERED,

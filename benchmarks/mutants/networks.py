@@ -46,6 +46,7 @@ NETWORKS = {
         x.reshape(-1, 36).reshape(-1, 4, 6, 6); x.permute(0, 1, 3, 2).reshape(-1, 4, 36)""",
     "drop_single_cat": "torch.cat([x]); torch.cat([x, -x], 1); torch.cat([-x, x, x], 2)",
     "fold_batch_norm": f"""{_FOLDS}
+        conv(), nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 0.0), norm(channels=6)
         add(conv(), nn.Conv2d(4, 1, 3)), norm(); add(nn.Conv2d(4, 1, 3), conv()), norm()""",
     "fold_batch_norm_into_linear": """norm(), nn.Flatten(), nn.Linear(144, 3)
         norm(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
@@ -177,9 +178,9 @@ NETWORKS = {
         add(mlp(5, nn.ELU(0.5)), mlp(3, nn.ELU(0.7))); add(mlp(5, nn.ELU(0.5)), mlp(3, nn.ELU(0.5)))
         add(mlp(5), nn.Sequential(nn.Tanh(), mlp(3))); add(mlp(5, nn.PReLU(4)), mlp(3, nn.PReLU(4)))
         add(mlp(5), nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6, False)))
-        (lambda y: F.linear(y, w(c)) + F.linear(F.linear(x, -w(c)).relu(), w(c)) + y)(F.linear(x, w(c)).relu())
-        (lambda y: F.linear(y.relu(), w(c)) + F.linear(F.linear(x, -w(c)).relu(), w(c)) + y)(F.linear(x, w(c)))
-        (lambda y: y + F.linear(F.linear(x, -w(c)).relu(), w(c)) * y)(F.linear(F.linear(x, w(c)).relu(), w(c)))""",
+        (lambda y: F.linear(y, w(c)) + minus(x, w(c)) + y)(F.linear(x, w(c)).relu())
+        (lambda y: F.linear(y.relu(), w(c)) + minus(x, w(c)) + y)(F.linear(x, w(c)))
+        (lambda y: y + minus(x, w(c)) * y)(F.linear(F.linear(x, w(c)).relu(), w(c)))""",
 }  # fmt: skip
 
 
@@ -204,6 +205,7 @@ class Net(torch.nn.Module):
             "repeat": lambda count: Apply(lambda x: x.repeat(count, 1, 1, 1)),
             "w": _square, "lin": lambda x, c: nn.functional.linear(x, _square(c)),
             "times": lambda by: Apply(lambda x: x * by),
+            "minus": lambda x, w: nn.functional.linear(nn.functional.linear(x, -w).relu(), w),
             "mlp": lambda width, act=None, bias=True: nn.Sequential(
                 nn.Linear(6, width, bias), act or nn.ReLU(), nn.Linear(width, 6)
             ),

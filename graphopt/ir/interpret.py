@@ -104,20 +104,21 @@ class Interpreter:
         if not self.lifted or not is_overload(node.target):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         try:
-            return lift(node.target(*_lift_dtypes(args), **_lift_dtypes(kwargs)))  # type: ignore[operator]
+            return lift(node.target(*lift_dtypes(args), **lift_dtypes(kwargs)))  # type: ignore[operator]
         except RuntimeError:
             # No float64 kernel (fake quantization, for one): the op runs in its own dtypes.
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: like(env[one], one))
             return lift(node.target(*args, **kwargs))  # type: ignore[operator]
 
 
-def _lift_dtypes(argument: Any) -> Any:
+def lift_dtypes(argument: Any) -> Any:
+    """An argument with every floating dtype in it lifted."""
     if isinstance(argument, torch.dtype):
         return lift_dtype(argument)
     if isinstance(argument, (tuple, list)):
-        return type(argument)(map(_lift_dtypes, argument))
+        return type(argument)(map(lift_dtypes, argument))
     if isinstance(argument, dict):
-        return {key: _lift_dtypes(value) for key, value in argument.items()}
+        return {key: lift_dtypes(value) for key, value in argument.items()}
     return argument
 
 

@@ -64,19 +64,22 @@ class Step:
 
 
 class Region:
-    """What depends on `start`, label by label; asking for labels declines where it is not affine."""
+    """What depends on `start`, label by label; asking for labels declines where it is not affine.
 
-    def __init__(self, rw: Rewriter, start: Value) -> None:
-        self.rw, self.start = rw, start
+    A token of the start is its last axis, or its last `inside` axes: heads and their features.
+    """
+
+    def __init__(self, rw: Rewriter, start: Value, inside: int = 1) -> None:
+        self.rw, self.start, self.inside = rw, start, inside
         self.steps: dict[Any, Step] = {}
-        axes = start.ndim - 1 if start.dtype.is_floating_point else start.ndim
+        axes = start.ndim - inside if start.dtype.is_floating_point else start.ndim
         rw.match(axes >= 1)
         self.tokens = (*(Axis((axis,)) for axis in range(axes)), INSIDE)
 
     def labels(self, value: Value) -> Labels:
         """The labels of a value that depends on the start."""
         if value == self.start:
-            return self.tokens
+            return (*self.tokens[:-1], *(INSIDE,) * self.inside)
         if value.node not in self.steps:
             op = value.op
             if op is None or not isinstance(op, AFFINE):
@@ -88,14 +91,23 @@ class Region:
 
     def affine(self, end: Value) -> tuple[Value, Value | None]:
         """`W` `[out, in]` and `b` `[out]` or None of the map from the start to `end`."""
-        width, size = self.start.shape[-1], self._width(end)
-        self.rw.match(isinstance(width, int))
+        sizes, size = self.start.shape[-self.inside :], self._width(end)
+        self.rw.match(all(isinstance(one, int) for one in sizes))
+        width = prod(sizes)
         rows = Tokens(self, width, identity=True).dense(end)
         self.rw.require(rows is not None, f"{describe(end)} does not depend on its input")
         assert rows is not None
         shift = Tokens(self, 1, identity=False).at(end)
         weight = rows.reshape(width, size).permute(1, 0).to(end.dtype)
         return weight, None if shift is None else shift.reshape(size).to(end.dtype)
+
+    def input(self) -> Value:
+        """The start, with its tokens along the last axis."""
+        if self.inside == 1:
+            return self.start
+        *tokens, width = *self.start.shape[: -self.inside], prod(self.start.shape[-self.inside :])
+        self.rw.match(sum(not isinstance(one, int) for one in tokens) <= 1)
+        return self.start.reshape(*(one if isinstance(one, int) else -1 for one in tokens), width)
 
     def table(self, end: Value) -> Value:
         """What `end` is for each row of the tables that the region looks up."""
@@ -146,7 +158,7 @@ class Tokens:
         return self.emit(eye).reshape(*self.sizes(value))
 
     def is_identity(self, value: Value) -> bool:
-        return self.identity and value == self.region.start
+        return self.identity and value == self.region.start and self.region.inside == 1
 
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """The shape of a value for these tokens."""

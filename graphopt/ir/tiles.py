@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, is_overload
-from graphopt.ir.interpret import Evaluator, lift, lift_dtype
+from graphopt.ir.interpret import Evaluator, lift, lift_dtype, lift_dtypes
 
 BLOCK = 1 << 16  # elements of a block
 LEAST = 1 << 17  # elements of an expression worth taking apart
@@ -44,8 +44,10 @@ class Tiles:
         """The value of a node, rounded once to its dtype; None if blocks do not help."""
         fake: Tensor = node.meta["val"]
         parts = _stacked(node)
-        if fake.numel() < LEAST or not fake.is_floating_point() or all(
-            _by_rows(part) is None for part in parts
+        if (
+            fake.numel() < LEAST
+            or not fake.is_floating_point()
+            or all(_by_rows(part) is None for part in parts)
         ):
             return None
         result = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
@@ -92,13 +94,15 @@ class Tiles:
         if _name(node) in _RESHAPES:
             at = place(by_rows[0])
             return lambda values, a, b: values[at].reshape(b - a, *rest)
-        known = {one: self.whole.evaluate(one) for one in node.all_input_nodes if one not in by_rows}
+        known = {
+            one: self.whole.evaluate(one) for one in node.all_input_nodes if one not in by_rows
+        }
         inner = {one: _Place(place(one)) for one in by_rows}
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda one: inner[one] if one in inner else known[one]
+        spelled: Any = fx.map_arg(
+            (node.args, node.kwargs),
+            lambda one: inner.get(one, known.get(one)),  # type: ignore[arg-type, return-value]
         )
-        args = [lift_dtype(one) if isinstance(one, torch.dtype) else one for one in args]
-        kwargs = {k: lift_dtype(v) if isinstance(v, torch.dtype) else v for k, v in kwargs.items()}
+        args, kwargs = lift_dtypes(list(spelled[0])), lift_dtypes(spelled[1])
         target: Any = node.target
         if _name(node) in _IN_PLACE and self._is_ours(node.args[0], node):
             target = getattr(torch.ops.aten, f"{_name(node)[:3]}_").Tensor
@@ -132,7 +136,8 @@ def _stacked(node: fx.Node) -> list[fx.Node]:
     """The nodes whose rows, one after the other, are those of a node."""
     if _name(node) != "cat.default" or _dim(node):
         return [node]
-    return [part for one in node.args[0] for part in _stacked(one)]  # type: ignore[union-attr]
+    parts: Any = node.args[0]
+    return [part for one in parts for part in _stacked(one)]
 
 
 def _name(node: fx.Node) -> str:
@@ -164,7 +169,8 @@ def _by_rows(node: fx.Node) -> list[fx.Node] | None:
     if name in ("matmul.default", "mm.default", "linear.default") and value.ndim == 2:
         return [first] if first not in node.args[1:] else None
     if name in _REDUCING:
-        dims = _dim(node) if name[:4] not in ("norm", "lina") else (*node.args, None, None, None)[2]
+        place = 2 if "norm" in name else 1  # after the order of a norm
+        dims: Any = node.args[place] if len(node.args) > place else None
         dims = [dims] if isinstance(dims, int) else dims
         ndim = first.meta["val"].ndim
         return [first] if dims and all(dim % ndim for dim in dims) else None

@@ -73,7 +73,8 @@ def _operands(base: Graph, one: fx.Node, other: Graph, two: fx.Node) -> Iterator
     if type(left) is not type(right):
         found, expected = type(right).__name__, type(left).__name__
         raise NotAVariant(f"{_place(base, one)}: found {found}, expected {expected}")
-    for field in left.field_names():
+    shaped = isinstance(left, (ops.Reshape, ops.Expand)) and _same_sizes(left.out, right.out)
+    for field in left.field_names() - ({"shape"} if shaped else set()):
         yield from _matched(base, one, getattr(left, field), getattr(right, field))
 
 
@@ -90,6 +91,13 @@ def _matched(base: Graph, where: fx.Node, one: Any, two: Any) -> Iterator[Any]:
             yield from _matched(base, where, one[key], two[key])
     elif not (_absent(one, two) or _absent(two, one) or str(one) == str(two)):
         raise NotAVariant(f"{_place(base, where)}: found {two}, expected {one}")
+
+
+def _same_sizes(one: Value, two: Value) -> bool:
+    """Whether two values have equal sizes, dynamic ones in the same places."""
+    sizes = zip(one.shape, two.shape, strict=False)
+    alike = all(a == b if isinstance(a, int) else not isinstance(b, int) for a, b in sizes)
+    return len(one.shape) == len(two.shape) and alike
 
 
 def _absent(one: Any, two: Any) -> bool:
@@ -149,9 +157,7 @@ class _Router:
     """Emits the ops that look up what the row's variant has. Tables have a row per variant, the
     first of them that of the base."""
 
-    def __init__(
-        self, base: Graph, others: Sequence[Graph], target: Target, ids: fx.Node
-    ) -> None:
+    def __init__(self, base: Graph, others: Sequence[Graph], target: Target, ids: fx.Node) -> None:
         self.graph, self.target, self.ids = base, target, ids
         self.evaluators = [Evaluator(one, limit=KEPT) for one in (base, *others)]
         self._head = base.calls[0]
@@ -185,7 +191,9 @@ class _Router:
         if any(node.op != "get_attr" for node in nodes):
             return False
         graphs = [one.builder.graph for one in operands]
-        states = [graph.states[str(n.target)].tensor for graph, n in zip(graphs, nodes, strict=True)]
+        states = [
+            graph.states[str(n.target)].tensor for graph, n in zip(graphs, nodes, strict=True)
+        ]
         return len({(one.data_ptr(), one.shape, one.stride()) for one in states}) == 1
 
     def require_shared(self, node: fx.Node, twins: Sequence[fx.Node]) -> None:
@@ -214,7 +222,9 @@ class _Router:
         plain = not isinstance(op, ops.Conv) or (op.groups == 1 and not op.transposed)
         if isinstance(op, (ops.Linear, ops.Conv, ops.Embedding)):
             if fields.keys() == {"bias"}:
-                return self._shifted(builder, builder.emit(op.replace(bias=None), like=op), op, fields)
+                return self._shifted(
+                    builder, builder.emit(op.replace(bias=None), like=op), op, fields
+                )
             if plain and fields.keys() <= {"weight", "bias"}:
                 return self._map(builder, op, twins, fields)
         raise self._refusal(op, f"{type(op).__name__} with another {' and '.join(sorted(fields))}")
@@ -224,7 +234,8 @@ class _Router:
 
     def _binary(self, builder: Builder, op: ops.Binary, fields: dict[str, Any]) -> Value:
         ((field, values),) = fields.items()
-        table = torch.stack(torch.broadcast_tensors(*values))
+        shape = torch.broadcast_shapes(*(one.shape for one in values))  # type: ignore[no-untyped-call]
+        table = torch.stack([one.expand(shape) for one in values])
         if table.ndim > op.out.ndim:
             if table.shape[1] != 1:
                 raise self._refusal(op, "what differs from row to row already")
@@ -265,7 +276,9 @@ class _Router:
             factor = self._found(builder, _channels(op, columns), op.input, op, "columns")
             base = dataclasses.replace(op, input=builder.emit(ops.Mul(op.input, factor)))
         late = "bias" in fields or rows is not None
-        out = builder.emit(base.replace(bias=None) if late and not table else base.replace(), like=op)
+        out = builder.emit(
+            base.replace(bias=None) if late and not table else base.replace(), like=op
+        )
         if any(one.rank for one in parts):
             out = builder.emit(ops.Add(out, self._low_rank(builder, base, parts)))
         if rows is not None:
@@ -306,7 +319,9 @@ class _Router:
         return sum(self.target.seconds(one) for one in views if one is not None)
 
     def _masked(self, builder: Builder, op: Any, parts: Sequence[Parts]) -> Value:
-        own = torch.block_diag(*(torch.ones(1, one.rank, dtype=torch.float64) for one in parts))
+        ranks = torch.tensor([one.rank for one in parts])
+        variants = torch.arange(len(parts))
+        own = (variants[:, None] == variants.repeat_interleave(ranks)).double()
         right = torch.cat([one.right for one in parts])
         left = torch.cat([one.left for one in parts], 1)
         if isinstance(op, ops.Embedding):
@@ -320,7 +335,9 @@ class _Router:
         inner = builder.emit(ops.Mul(inner, mask))
         if isinstance(op, ops.Conv):
             ones = (1,) * op.rank
-            weight = self._state(builder, left.reshape(*left.shape, *ones), op.out.dtype, op, "left")
+            weight = self._state(
+                builder, left.reshape(*left.shape, *ones), op.out.dtype, op, "left"
+            )
             return builder.emit(ops.Conv(inner, weight, None, ones, (0,) * op.rank, ones))
         return builder.emit(ops.Linear(inner, self._state(builder, left, op.out.dtype, op, "left")))
 

@@ -190,11 +190,13 @@ def merge_permutes(outer: ops.Permute, rw: Rewriter) -> Value:
 
 @rewrite(contract=Exact())
 def merge_reshapes(outer: ops.Reshape, rw: Rewriter) -> Value:
-    """reshape(reshape(x, s), t) = reshape(x, t)."""
+    """reshape(reshape(x, s), t) = reshape(x, t), where nobody else reads the first; else the two have
+    it in common, as the maps of one input need."""
     inner = rw.producer(outer.input, ops.Reshape)
     shape = outer.out.shape
     if shape == inner.input.shape:
         return inner.input
+    rw.match(rw.only_user(inner, outer))
     rw.match(sum(not isinstance(size, int) for size in shape) <= 1)
     return rw.emit_like(outer, input=inner.input, shape=shape)
 

@@ -43,7 +43,9 @@ class Materialize(Pass):
 
     def run(self, session: Session) -> None:
         graph = session.graph
-        before = graph.clone()  # what the results are made of, for those who ask for them in float64
+        before = (
+            graph.clone()
+        )  # what the results are made of, for those who ask for them in float64
         twin = dict(zip(graph.fx.nodes, before.fx.nodes, strict=True))
         lifted, plain = Evaluator(before, limit=KEPT), Evaluator(before, lifted=False)
         tiles = Tiles(before, lifted)

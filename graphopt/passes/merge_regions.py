@@ -22,6 +22,7 @@ from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
 # A region without any of these, the mean of a norm for example, is better left as it is.
+BRANCH = 4  # convolutions in a branch
 MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding)
 
 
@@ -35,15 +36,20 @@ def merge_region(end: ops.Op, rw: Rewriter) -> Value:
     rw.match(end.out.is_tensor and not end.out.is_constant and end.out.dtype.is_floating_point)
     beside, refusal = _beside(end), None
     for start in starts(rw, end.out):
-        since = len(rw.made)
-        try:
-            return _merged(rw, end, start)
-        except Declined as declined:
-            rw.rollback(since)
-            if beside is not None and start == beside[0]:
-                refusal = declined
+        for inside in (1, 2) if _joins_heads(rw, start) else (1,):
+            since = len(rw.made)
+            try:
+                return _merged(rw, end, start, inside)
+            except Declined as declined:
+                rw.rollback(since)
+                if beside is not None and start == beside[0]:
+                    refusal = declined
     if refusal is not None:
         raise refusal
+    if (frame := _framed_otherwise(end)) is not None:
+        rw.decline(
+            f"{describe(frame.out)} continues the border that the other branch pads with zeros"
+        )
     blocked = None if beside is None else obstacle(rw, beside[1], beside[0])
     rw.require(blocked is None, f"{describe(blocked)} is not affine")
     rw.decline("it is no affine map of one value", near=False)
@@ -59,10 +65,37 @@ def _beside(end: ops.Op) -> tuple[Value, Value] | None:
     return None
 
 
-def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
+def _joins_heads(rw: Rewriter, start: Value) -> bool:
+    """Whether a reshape makes one axis of the last two."""
+    return any(
+        one.out.shape[-1] == start.shape[-2] * start.shape[-1]
+        for one in rw.readers(start, ops.Reshape)
+        if start.ndim > 2 and one.out.ndim and all(isinstance(n, int) for n in start.shape[-2:])
+    )
+
+
+def _framed_otherwise(end: ops.Op) -> ops.Pad | None:
+    """What reflects or repeats the border in front of a convolution, beside which stands another one of
+    the same image."""
+    if isinstance(end, (ops.Add, ops.Sub)):
+        for one, other in ((end.left, end.right), (end.right, end.left)):
+            conv = one.op if isinstance(one, Value) else None
+            pad = conv.input.op if isinstance(conv, ops.Conv) else None
+            if isinstance(pad, ops.Pad) and pad.mode != "constant":
+                for _ in range(BRANCH):
+                    op = other.op if isinstance(other, Value) else None
+                    if not isinstance(op, ops.Conv):
+                        break
+                    if op.input == pad.input:
+                        return pad
+                    other = op.input
+    return None
+
+
+def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> Value:
     looks_up = start.dtype in (torch.int64, torch.int32)
     rw.match(looks_up or start.dtype == end.out.dtype)
-    region = Region(rw, start)
+    region = Region(rw, start, inside)
     region.labels(end.out)
     rw.match(len(region.steps) > 1)
     rw.match(any(isinstance(step.op, MATRICES) for step in region.steps.values()))
@@ -73,8 +106,10 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value) -> Value:
         merged = rw.emit(ops.Embedding(region.table(end.out), start), like=end)
     else:
         weight, bias = region.affine(end.out)
-        merged = rw.emit(ops.Linear(start, weight, bias), like=end)
-    rw.pays(gone(rw, end, region), merged)
+        merged = rw.emit(ops.Linear(region.input(), weight, bias), like=end)
+    replaced = gone(rw, end, region)
+    rw.match(inside == 1 or len(replaced) > 2)  # the start needs a reshape
+    rw.pays(replaced, merged)
     return merged
 
 

@@ -72,7 +72,9 @@ def stack_added(op: ops.Add, rw: Rewriter) -> Value:
     rw.match(outer[0].weight.dtype == outer[1].weight.dtype == op.out.dtype)
     hidden = rw.emit_like(acts[0], input=_stacked(rw, inner))
     weight = rw.emit(ops.Cat(tuple(one.weight for one in outer), 1))
-    wide = rw.emit_like(outer[0], input=hidden, weight=weight, bias=plus(outer[0].bias, outer[1].bias))
+    wide = rw.emit_like(
+        outer[0], input=hidden, weight=weight, bias=plus(outer[0].bias, outer[1].bias)
+    )
     rw.pays([op, *outer, *acts, *inner], wide)
     return wide
 

@@ -34,7 +34,9 @@ class Untie(Pass):
                 own = nn.Parameter(
                     state.tensor.detach().clone(), requires_grad=state.tensor.requires_grad
                 )
-                read = graph.add_state(_name(graph, node, reader), State(own, "parameter"), like=node)
+                read = graph.add_state(
+                    _name(graph, node, reader), State(own, "parameter"), like=node
+                )
                 _reread(session, node, reader, read)
 
 

@@ -1,6 +1,6 @@
 """The specification of `drop-zeros`: a term that is zero whatever the input is goes away.
 
-    y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y
+y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y
 """
 
 from __future__ import annotations

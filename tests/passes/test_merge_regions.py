@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import graphopt
 from tests.helpers import optimized
+from tests.passes.test_not_exact import acting
 
 SIZE = 24
 SHAPES = {
@@ -144,3 +145,28 @@ def calls(model: nn.Module) -> list[str]:
     graph = model.graph_module.graph  # type: ignore[union-attr]
     return [node.target.__name__.partition(".")[0] for node in graph.nodes
             if node.op == "call_function" and "sym" not in node.target.__name__]  # fmt: skip
+
+
+def test_heads_that_are_joined_are_one_token() -> None:
+    """GPT-2 reads the heads of attention as rows of a matrix; an adapter beside it reads tokens."""
+
+    class Joined(nn.Module):
+        def __init__(self, low_rank: bool) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8))
+            self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, 8, bias=False)
+            self.low_rank = low_rank
+
+        def forward(self, heads: Tensor) -> Tensor:  # [batch, heads, tokens, features]
+            x = heads.sin().transpose(1, 2).reshape(heads.shape[0], -1, 16)
+            y = torch.addmm(self.bias, x.view(-1, 16), self.weight).view(*x.shape[:-1], 8)
+            return (y + self.up(self.down(x)) if self.low_rank else y).relu()
+
+    torch.manual_seed(0)
+    for low_rank in (False, True):
+        x = torch.randn(2, 4, 5, 4).double()
+        model = Joined(low_rank).double().eval()
+        fast = graphopt.optimize(model, (x,), passes="canonicalize,merge-regions")
+        assert fast.report.rolled_back == []
+        assert torch.allclose(fast(x), model(x), atol=1e-13)
+        assert acting(fast) == ["sin", "transpose", "reshape", "linear", "relu"]

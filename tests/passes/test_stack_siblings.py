@@ -62,8 +62,11 @@ APART = {
         lambda net, x: net.a(x) * net.d(net.c(x).tanh())[..., :4],
         "linear slice slice tanh linear mul"),
     "groups of siblings": (
-        lambda net, x: (net.a(x) * net.c(x.relu()), net.b(x), net.b(x.relu())),
+        lambda net, x: (net.a(x) * net.c(x.relu()), net.b(x), F.linear(x.relu(), net.d.weight.T)),
         "linear slice slice relu linear slice slice mul"),
+    "a map of two inputs, which would be stored twice": (
+        lambda net, x: (net.a(x) * net.c(x.relu()), net.b(x), net.b(x.relu())),
+        "linear relu linear mul linear linear"),
     "one weight, two biases": (
         lambda net, x: F.linear(x, net.a.weight, net.a.bias).relu()
         * F.linear(x, net.a.weight, net.c.bias), "linear slice slice relu mul"),
