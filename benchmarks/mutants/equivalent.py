@@ -15,6 +15,7 @@ _SIZES = (
 )
 _ONE_PIECE = "a concatenation of one piece has its piece's shape and dtype"
 _FEWER = "only refuses more; right where it still applies"
+_REASON = "only chooses which reason is reported"
 _NEGATED = "a - b = a + (-b) whatever they read: it only says where that is done"
 # Mutants that mean the same as the original, or refuse more and are right where they apply:
 # (function, change) -> the argument. Changes are spelled as the table prints them; "*" is any.
@@ -144,8 +145,7 @@ EQUIVALENT = {
     ("fold_batch_norm: scale_out", "if not isinstance(factor, Value) or factor.ndim == 0: return "
      "times(self.weight, factor)  ->  if False: return times(self.weight, factor)"):
         "the scale of a norm is a vector",
-    ("merge_region", "start == beside[0]  ->  start != beside[0]"):
-        "only chooses which reason is reported",
+    ("merge_region", "start == beside[0]  ->  start != beside[0]"): _REASON,
     ("_merged", "(torch.int64, torch.int32)  ->  (torch.int32, torch.int64)"):
         "membership does not depend on the order",
     ("starts", "isinstance(op, AFFINE) and len(seen) < 2 * LARGEST  ->  len(seen) < 2 * LARGEST"):
@@ -156,8 +156,9 @@ EQUIVALENT = {
     ("merge_region", "end.out.is_tensor and (not end.out.is_constant) and "
      "end.out.dtype.is_floating_point  ->  not end.out.is_constant and "
      "end.out.dtype.is_floating_point"): "every affine op computes a tensor",
-    ("merge_region", "None if beside is None else obstacle(rw, beside[1], beside[0])  ->  None"):
-        "only chooses which reason is reported",
+    ("merge_region: _beside", "*"): _REASON,
+    ("merge_region: obstacle", "*"): _REASON,
+    ("merge_region: _framed_otherwise", "*"): _REASON,
     ("absorb_number", "rw.match(by.axis is None)  ->  (nothing)"):
         "absorbs vectors too, as fold-scale-shift does",
     ("scale_and_shift", "widen(self.running_var)  ->  self.running_var"): _ROUNDING,

@@ -46,7 +46,7 @@ NETWORKS = {
         x.reshape(-1, 36).reshape(-1, 4, 6, 6); x.permute(0, 1, 3, 2).reshape(-1, 4, 36)""",
     "drop_single_cat": "torch.cat([x]); torch.cat([x, -x], 1); torch.cat([-x, x, x], 2)",
     "fold_batch_norm": f"""{_FOLDS}
-        conv(), nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 0.0), norm(channels=6)
+        conv(), nn.ReflectionPad3d((0, 0, 0, 0, 1, 1)), norm(channels=6)
         add(conv(), nn.Conv2d(4, 1, 3)), norm(); add(nn.Conv2d(4, 1, 3), conv()), norm()""",
     "fold_batch_norm_into_linear": """norm(), nn.Flatten(), nn.Linear(144, 3)
         norm(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
