@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from graphopt.backends import base as backends
-from graphopt.ir.capture import Captured, CaptureError, capture, clone_inputs, copy_module
+from graphopt.ir.capture import Captured, capture, clone_inputs, copy_module
 from graphopt.ir.cost import target
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph
@@ -74,7 +74,8 @@ def multi(
     if args is None:
         raise ValueError("args: expected example inputs")
     kwargs = dict(kwargs or {})
-    backends.find(backend) if backend != "auto" else None
+    if backend != "auto":
+        backends.find(backend)
     options = Options("deploy", Pipeline(REST), backend, None, progress, float64_limit)
     start = time.perf_counter()
     sources, merged = [], []
@@ -152,6 +153,3 @@ def _check(graph: Graph, sources: Sequence[Graph], inputs: Sequence[Any], limit:
                 f"adapters {sorted({int(i) - 1 for i in ids})} in one batch: float64 outputs differ "
                 f"by {error:.1e}, more than {limit:.0e}"
             )
-
-
-__all__ = ["CaptureError", "NotAVariant", "multi"]

@@ -93,18 +93,17 @@ class Rewriter(Builder):
         for operand in set(storage.parameters_read(self.graph, made)):
             if operand.op == "get_attr":
                 continue
-            narrow = storage.compressed(operand)
-            self.require(
-                narrow is None,
-                f"{_state(narrow)} would be stored as {operand.meta['val'].dtype} "
-                "(materialize{dequantize=true} before it allows that)",
-            )
-            twice = storage.kept_twice(self.graph, operand, gone, made)
-            self.require(
-                twice is None,
-                f"{_state(twice and twice[0])} is read by {_reader(self.graph, twice)} too, and would "
-                "be stored twice (the pass untie gives every reader its own)",
-            )
+            if (narrow := storage.compressed(operand)) is not None:
+                self.decline(
+                    f"{narrow.target} would be stored as {operand.meta['val'].dtype} "
+                    "(materialize{dequantize=true} before it allows that)"
+                )
+            if (twice := storage.kept_twice(self.graph, operand, gone, made)) is not None:
+                state, reader = twice
+                self.decline(
+                    f"{state.target} is read by {self.graph.where(reader) or reader.name} too, and "
+                    "would be stored twice (the pass untie gives every reader its own)"
+                )
 
     def cheapest(self, *ways: Callable[[], Value]) -> Value:
         """What the fastest of several ways emits; those that decline are left out."""
@@ -178,14 +177,6 @@ class Rewriter(Builder):
         return self.emit(conv.replace(**changes), like=conv)
 
     emit_like = conv_like
-
-
-def _state(node: fx.Node | None) -> str:
-    return "" if node is None else str(node.target)
-
-
-def _reader(graph: Graph, twice: Any) -> str:
-    return "" if twice is None else graph.where(twice[1]) or twice[1].name
 
 
 def describe(value: Any) -> str:

@@ -50,7 +50,9 @@ class Tiles:
             or all(_by_rows(part) is None for part in parts)
         ):
             return None
-        result = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+        result = torch.empty(
+            fake.shape, dtype=fake.dtype, device=fake.device, memory_format=layout(fake)
+        )
         start = 0
         for part in parts:
             rows = part.meta["val"].shape[0]
@@ -117,7 +119,8 @@ class Tiles:
         """Whether the block of a node is read by one op only, which may write the result there."""
         if not isinstance(node, fx.Node) or len(node.users) > 1 or _by_rows(node) is None:
             return False
-        if node.meta["val"].shape != reader.meta["val"].shape:
+        here, there = node.meta["val"], reader.meta["val"]
+        if here.shape != there.shape or lift_dtype(here.dtype) != lift_dtype(there.dtype):
             return False
         if node.op == "get_attr":  # a lifted copy, unless it is in float64 already
             state = self.graph.states[str(node.target)]
@@ -130,6 +133,15 @@ class _Place:
 
     def __init__(self, at: int) -> None:
         self.at = at
+
+
+def layout(value: Tensor) -> torch.memory_format:
+    """The memory format that a tensor is in, the contiguous one if in none."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.ndim)
+    if channels_last is None or value.is_contiguous():
+        return torch.contiguous_format
+    found = value.is_contiguous(memory_format=channels_last)
+    return channels_last if found else torch.contiguous_format
 
 
 def _stacked(node: fx.Node) -> list[fx.Node]:

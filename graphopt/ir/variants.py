@@ -95,9 +95,8 @@ def _matched(base: Graph, where: fx.Node, one: Any, two: Any) -> Iterator[Any]:
 
 def _same_sizes(one: Value, two: Value) -> bool:
     """Whether two values have equal sizes, dynamic ones in the same places."""
-    sizes = zip(one.shape, two.shape, strict=False)
-    alike = all(a == b if isinstance(a, int) else not isinstance(b, int) for a, b in sizes)
-    return len(one.shape) == len(two.shape) and alike
+    fixed = [[size if isinstance(size, int) else None for size in v.shape] for v in (one, two)]
+    return fixed[0] == fixed[1]
 
 
 def _absent(one: Any, two: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphopt.ir import ops
+from graphopt.ir.affine import same_shape
 from graphopt.ir.builder import Builder
 from graphopt.ir.contracts import Algebraic
 from graphopt.ir.driver import Session
@@ -40,7 +41,9 @@ class DropZeros(Pass):
                 continue
             sides = [(op.right, op.left)] + [(op.left, op.right)] * isinstance(op, ops.Add)
             for zero, rest in sides:
-                if not isinstance(rest, Value) or rest.shape != op.out.shape:
+                if not isinstance(rest, Value) or rest.dtype != op.out.dtype:
+                    continue
+                if not same_shape(rest.shape, op.out.shape):
                     continue
                 found, bias = zeros.is_zero(zero)
                 if not found:

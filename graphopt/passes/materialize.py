@@ -24,7 +24,7 @@ from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.interpret import Evaluator, lift
 from graphopt.ir.storage import compressed
-from graphopt.ir.tiles import Tiles
+from graphopt.ir.tiles import Tiles, layout
 from graphopt.passes.base import Pass
 
 KEPT = 1 << 26  # bytes of values kept while they are computed from each other
@@ -43,9 +43,8 @@ class Materialize(Pass):
 
     def run(self, session: Session) -> None:
         graph = session.graph
-        before = (
-            graph.clone()
-        )  # what the results are made of, for those who ask for them in float64
+        # What the results are made of, for those who ask for them in float64.
+        before = graph.clone()
         twin = dict(zip(graph.fx.nodes, before.fx.nodes, strict=True))
         lifted, plain = Evaluator(before, limit=KEPT), Evaluator(before, lifted=False)
         tiles = Tiles(before, lifted)
@@ -142,8 +141,7 @@ def stored(graph: Graph, value: torch.Tensor, node: fx.Node, cone: list[fx.Node]
     sources = [graph.states[str(one.target)] for one in cone if one.op == "get_attr"]
     dtype: torch.dtype = node.meta["val"].dtype
     tensor = value.to(dtype)
-    if not any(tensor.is_contiguous(memory_format=one) for one in _layouts(tensor.ndim)):
-        tensor = tensor.contiguous()
+    tensor = tensor.contiguous(memory_format=layout(tensor))
     if any(_shares(tensor, one.tensor) for one in sources):
         tensor = tensor.clone()
     if dtype.is_floating_point or dtype.is_complex:
@@ -166,12 +164,6 @@ def rounding_of(exact: Callable[[], torch.Tensor], tensor: torch.Tensor) -> torc
         if bool(((found - value).abs() > allowed).logical_and(found.isfinite()).any()):
             raise ArithmeticError("what is stored is not what the expression evaluates to")
     return value
-
-
-def _layouts(ndim: int) -> tuple[torch.memory_format, ...]:
-    """The dense layouts worth keeping for a tensor of so many axes."""
-    channels_last = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
-    return (torch.contiguous_format, *channels_last.get(ndim, ()))
 
 
 def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:

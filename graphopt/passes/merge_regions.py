@@ -16,13 +16,14 @@ import dataclasses
 import torch
 
 from graphopt.ir import ops
+from graphopt.ir.affine import same
 from graphopt.ir.linearity import AFFINE, Region, obstacle, starts
 from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
-# A region without any of these, the mean of a norm for example, is better left as it is.
 BRANCH = 4  # convolutions in a branch
+# A region without any of these, the mean of a norm for example, is better left as it is.
 MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding)
 
 
@@ -68,7 +69,7 @@ def _beside(end: ops.Op) -> tuple[Value, Value] | None:
 def _joins_heads(rw: Rewriter, start: Value) -> bool:
     """Whether a reshape makes one axis of the last two."""
     return any(
-        one.out.shape[-1] == start.shape[-2] * start.shape[-1]
+        same(one.out.shape[-1], start.shape[-2] * start.shape[-1])
         for one in rw.readers(start, ops.Reshape)
         if start.ndim > 2 and one.out.ndim and all(isinstance(n, int) for n in start.shape[-2:])
     )

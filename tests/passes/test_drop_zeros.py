@@ -98,3 +98,9 @@ def test_in_deploy_mode_only(mode: str) -> None:
     zeroed(model.up)
     fast = graphopt.optimize(model, (tensor(3, 5, 8),), mode=mode)
     assert ("relu" in acting(fast)) == (mode == "tune")
+
+
+def test_a_sum_that_widens_its_dtype_stays() -> None:
+    model = net(lambda net, x: net.main(x).float() + net.up(net.down(x).relu()))
+    zeroed(model.up)
+    leaves(model, "linear to linear relu linear add")
