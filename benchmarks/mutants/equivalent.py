@@ -156,7 +156,14 @@ EQUIVALENT = {
     ("merge_region", "end.out.is_tensor and (not end.out.is_constant) and "
      "end.out.dtype.is_floating_point  ->  not end.out.is_constant and "
      "end.out.dtype.is_floating_point"): "every affine op computes a tensor",
+    ("merge_region", "if beside is not None and start == beside[0]:  ->  "
+     "if beside is not None and start == beside[1]:"): _REASON,
+    ("margins", "size < 0  ->  size >= 0"):
+        "takes crops in place of frames, and these merge rightly too: the kernel grows",
     ("merge_region: _beside", "*"): _REASON,
+    ("merge_region: _joins_heads", "*"):
+        "only decides whether another way is tried, with the conditions of the first one",
+    ("_either", "-1  ->  1"): "there are two of them",
     ("merge_region: obstacle", "*"): _REASON,
     ("merge_region: _framed_otherwise", "*"): _REASON,
     ("absorb_number", "rw.match(by.axis is None)  ->  (nothing)"):

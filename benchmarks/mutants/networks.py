@@ -91,7 +91,8 @@ NETWORKS = {
         add(conv(padding=1), nn.Sequential(nn.Conv2d(4, 4, 1), conv(padding=1)))
         add(nn.Conv2d(4, 4, 5, padding=2, dilation=1), conv(padding=2, dilation=2), norm())
         add(nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)))
-        add(conv(padding=1), nn.Sequential(conv(padding=1), norm()))""",
+        add(conv(padding=1), nn.Sequential(conv(padding=1), norm()))
+        add(conv(), nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.ZeroPad2d(-1)))""",
     "add_negative_branch": """sub(conv(padding=1), conv(padding=1)); sub(conv(padding=1), norm())
         sub(conv(padding=1), norm(False)); sub(nn.Identity(), conv(padding=1, bias=False))
         sub(conv(padding=1), nn.ReLU()); sub(conv(padding=1), nn.AvgPool2d(3, 1, 1))""",
@@ -113,7 +114,7 @@ NETWORKS = {
         add(nn.Linear(6, 6, False), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)))
         add(nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6))
         add(nn.Linear(6, 6), nn.Linear(6, 6, False)); add(nn.Linear(6, 6), nn.ReLU())""",
-    "merge_region": """lin(x, c) + x.flip(-1) @ w(c); lin(x, c) + x.flip(2) @ w(c)
+    "merge_region": """lin(x, c).float().flip(-1); lin(x, c) + x.flip(-1) @ w(c); lin(x, c) + x.flip(2) @ w(c)
         lin(torch.einsum("...rk,rkc->...rc", x.unflatten(-1, (2, 3)), w(c).view(4, 3, 3)[:2]).flatten(-2), c)
         lin(x, c) - x[..., torch.tensor([5, 4, 3, 2, 1, 0])]; lin(x, c) + x.abs()
         lin(x, c) * x; lin(x, c) * w(c)[0] + x.roll(2, -1); lin(x, c) + x.flip(-1) * w(c)
