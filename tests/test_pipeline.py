@@ -27,7 +27,9 @@ def test_text_round_trips(text: str):
 def test_presets_are_named_pipelines():
     texts = [stage.text for stage in graphopt.Pipeline("tune,materialize")]
     together = "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches]"
-    assert texts == ["canonicalize", together, "merge-regions", "canonicalize", "materialize"]
+    assert texts == [
+        "canonicalize", together, "merge-regions", "multiply-out", "canonicalize", "materialize",
+    ]  # fmt: skip
 
 
 def test_passes_in_brackets_share_a_worklist():

@@ -180,8 +180,17 @@ def sample(home: str, name: str, seed: int, count: int, lines: Lines) -> list[Mu
     turns = [rng.sample(kind, len(kind)) for kind in kinds.values()]
     rng.shuffle(turns)
     found: list[Mutant] = []
-    for turn in itertools.zip_longest(*turns):
-        for one in filter(None, turn):
-            if sum(not other.argument(name) for other in found) < count:
-                found.append(one)
+    drawn = (one for turn in itertools.zip_longest(*turns) for one in filter(None, turn))
+    for one in itertools.chain(drawn, _negated(home, name)):
+        if sum(not other.argument(name) for other in found) < count:
+            found.append(one)
     return found
+
+
+def _negated(home: str, name: str) -> Iterator[Mutant]:
+    """The rewrite with the sign of its result changed, for those too short for other mistakes."""
+    law = next(one for one in reached(home, name) if one.name == name)
+    for node in law.node.body:
+        if isinstance(node, ast.Return) and node.value is not None:
+            put = functools.partial(setattr, node, "value")
+            yield Mutant(law, "wrong sign", put, node.value, ast.UnaryOp(ast.USub(), node.value))

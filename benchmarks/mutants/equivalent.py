@@ -16,10 +16,16 @@ _SIZES = (
 _ONE_PIECE = "a concatenation of one piece has its piece's shape and dtype"
 _FEWER = "only refuses more; right where it still applies"
 _REASON = "only chooses which reason is reported"
+_COST = "what it costs decides whether it is done, not what"
 _NEGATED = "a - b = a + (-b) whatever they read: it only says where that is done"
 # Mutants that mean the same as the original, or refuse more and are right where they apply:
 # (function, change) -> the argument. Changes are spelled as the table prints them; "*" is any.
 EQUIVALENT = {
+    ("_flops", "*"): _COST, ("_dense", "*"): _COST,
+    ("multiply_out_right", "_worthwhile(rw, product, product.right, left.shape[0])  ->  "
+     "_worthwhile(rw, product, product.right, left.shape[1])"): _COST,
+    ("multiply_out_left", "_worthwhile(rw, product, product.left, right.shape[1])  ->  "
+     "_worthwhile(rw, product, product.left, right.shape[2])"): _COST,
     ("uniform", "return number if number in (0.0, 1.0) else None  ->  "
      "return number if number in (1.0, 1.0) else None"):
         f"a cast of a zero is not recognized any more: {_FEWER}",
@@ -97,6 +103,11 @@ EQUIVALENT = {
         "axis 0 of one, or -1 of two: the last axis in both cases",
     ("scale_and_shift", "widen(self.bias)  ->  self.bias"): _ROUNDING,
     ("written", "widen(other)  ->  other"): _ROUNDING,
+    ("written", "value.ndim - other.ndim  ->  value.ndim"):
+        f"no vector lies along an axis behind the last one: {_FEWER}",
+    ("into_linear", "widen(weight, shift)  ->  weight"): _ROUNDING,
+    ("_extract[ops.Relu]", "rw.match(by.shift is None)  ->  (nothing)"):
+        "extract refuses a shift that an activation reads before that",
     ("_steps", "if _pointwise(outer) or inner.dilation == reach: return (inner.dilation, ones, ones)"
      "  ->  if False: return (inner.dilation, ones, ones)"):
         "the general way, with zeros for the taps between, is right here too",
@@ -160,11 +171,17 @@ EQUIVALENT = {
      "if beside is not None and start == beside[1]:"): _REASON,
     ("margins", "size < 0  ->  size >= 0"):
         "takes crops in place of frames, and these merge rightly too: the kernel grows",
+    ("merge_region", "best is None or saved > best[0]  ->  best is None"):
+        "takes the first way that pays in place of the one that pays most",
+    ("_merged", "rw.match(inside == 1 or len(replaced) > 2)  ->  (nothing)"):
+        "only says when a reshape is worth it",
     ("merge_region: _beside", "*"): _REASON,
     ("merge_region: _joins_heads", "*"):
         "only decides whether another way is tried, with the conditions of the first one",
     ("_either", "-1  ->  1"): "there are two of them",
     ("merge_region: obstacle", "*"): _REASON,
+    ("merge_region", "blocked = None if beside is None else obstacle(rw, beside[1], beside[0])  ->  "
+     "blocked = None if beside is None else obstacle(rw, beside[1], beside[1])"): _REASON,
     ("merge_region: _framed_otherwise", "*"): _REASON,
     ("absorb_number", "rw.match(by.axis is None)  ->  (nothing)"):
         "absorbs vectors too, as fold-scale-shift does",

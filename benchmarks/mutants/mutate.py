@@ -19,7 +19,16 @@ from benchmarks.mutants.equivalent import EQUIVALENT
 # In the order in which they import each other.
 LAWS = tuple(
     f"graphopt.ir.{name}"
-    for name in ("affine", "borders", "absorb", "extract", "maps", "linearity")
+    for name in (
+        "affine",
+        "borders",
+        "absorb",
+        "extract",
+        "maps",
+        "tokens",
+        "transpose",
+        "linearity",
+    )
 )
 LAW_METHODS = {
     ("graphopt.ir.ops.affine", "Conv"): ("scale_out", "scale_in", "_per_output", "response_kernel"),

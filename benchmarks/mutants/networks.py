@@ -137,6 +137,29 @@ NETWORKS = {
         (lambda y: half(y, s) * 2.0 + y.narrow(1, 2, 2))(c(x))
         (lambda y: half(y, s) * 2.0 + y.narrow(1, 1, 2))(c(x))
         (lambda y: half(y, s) * 2.0 + y.flip(1).narrow(1, 0, 2))(c(x))""",
+    "drop_identity_factor": """x @ (w(c) @ e(6)); x @ (e(6) @ w(c))
+        x @ F.linear(e(6), w(c)); x[..., :4] @ (s.diag() @ e(4, 6))
+        x @ (e(6, 4) @ s.diag()); x @ (w(c) @ w(c).T); F.linear(w(c), w(c)) @ x
+        x[..., :4] @ F.linear(e(4), s.diag(), s)
+        x @ F.linear(e(6, 4), s[None]); x @ (w(c).T[None] @ e(6))
+        x @ F.linear(e(6), w(c)[:3]); x @ (e(6)[None] @ w(c))""",
+    "multiply_out_right": """x @ (w(c) @ (e(6) - w(c)[:, :1] @ w(c)[:1]))
+        x @ (w(c) @ (w(c)[:, :1] @ w(c)[1:2])); x @ (w(c) @ (e(6) * 3.0))
+        x @ (w(c) @ (w(c)[1:2].T @ w(c)[:1] + e(6))); x @ (w(c) @ (w(c) - w(c).T))
+        x @ (w(c) @ (e(6) + w(c)[:1])); x @ (w(c) @ (e(6) * w(c)))
+        x @ (w(c)[:2].T @ (e(6)[:2] + w(c)[:2, :1] @ w(c)[3:4]))
+        x @ (w(c) @ (e(6) + w(c)[:, :1])); x @ (w(c) @ (e(6) + w(c)[:1, :1]))
+        x @ (w(c) @ (2.0 - e(6))); x @ (x[:1] @ (w(c)[:, :1] @ w(c)[1:2]))
+        x @ (w(c)[:2].T @ e(2) @ w(c)[:2]); x @ (w(c) @ (s[:1] * e(6)))
+        x @ (w(c) @ (w(c)[:1] * e(6))); x @ (w(c)[None] @ (w(c)[:, :1] @ w(c)[:1]))""",
+    "multiply_out_left": """x @ ((e(6) - w(c)[:, :1] @ w(c)[:1]) @ w(c))
+        x @ ((w(c)[:, :1] @ w(c)[1:2]) @ w(c)); x @ ((e(6) * 3.0) @ w(c))
+        x @ ((w(c)[1:2].T @ w(c)[:1] + e(6)) @ w(c)); x @ ((w(c) - w(c).T) @ w(c))
+        x @ ((e(6) + w(c)[:1]) @ w(c)); x @ ((e(6) * w(c)) @ w(c))
+        x @ ((w(c)[:, :1] @ w(c)[:1]) @ w(c)[:, :2]); x @ ((2.0 - e(6)) @ w(c))
+        x @ ((e(6)[:, :2] + w(c)[:, :1] @ w(c)[3:4, :2]) @ w(c)[:2])
+        x @ ((e(6) + w(c)[:, :1]) @ w(c)); x @ ((e(6) + w(c)[:1, :1]) @ w(c))
+        x @ ((w(c)[:, :1] * e(6)) @ w(c)); x @ ((w(c)[:, :1] @ w(c)[:1]) @ w(c)[None])""",
     "absorb_into_linear": """F.linear(x * 2.0, c.weight.reshape(-1, 6))
         F.linear(x.relu() * 2.0, c.weight.reshape(-1, 6))
         F.linear((x[..., :4] * s).relu(), s.diag()); F.linear(x[..., :4] + s, s.diag(), s)
@@ -145,7 +168,8 @@ NETWORKS = {
         F.linear((-2.0 * x).relu(), c.weight.reshape(-1, 6))
         F.linear(x.permute(0, 2, 3, 1) * s, s.diag())
         F.linear((x * s.reshape(4, 1, 1)).mean((2, 3)), s.diag())
-        F.linear((x + s.reshape(4, 1, 1)).mean((2, 3)), s.diag()); F.linear(s - x[..., :4], s.diag())""",
+        F.linear((x + s.reshape(4, 1, 1)).mean((2, 3)), s.diag()); F.linear(s - x[..., :4], s.diag())
+        F.linear((x[0, :, :4, :4] * s).permute(1, 2, 0), s.diag())""",
     "absorb_into_conv": """c((x - s.reshape(4, 1, 1)) / 2.0); c(x * s.reshape(4, 1, 1)); c((x * 2.0).relu())
         F.conv2d(x * 2.0, c.weight, c.bias, padding=1); F.conv2d(x + 1.0, c.weight, padding=1)
         F.conv2d(x - s.reshape(4, 1, 1), c.weight[:1], padding=1); c(F.max_pool2d(x * 3.0, 3, 1))
@@ -205,6 +229,7 @@ class Net(torch.nn.Module):
             "half": lambda x, s: nn.functional.batch_norm(x.narrow(1, 0, 2), *s.detach().split(2)),
             "repeat": lambda count: Apply(lambda x: x.repeat(count, 1, 1, 1)),
             "w": _square, "lin": lambda x, c: nn.functional.linear(x, _square(c)),
+            "e": functools.partial(torch.eye, dtype=torch.float64),
             "times": lambda by: Apply(lambda x: x * by),
             "minus": lambda x, w: nn.functional.linear(nn.functional.linear(x, -w).relu(), w),
             "mlp": lambda width, act=None, bias=True: nn.Sequential(

@@ -179,8 +179,9 @@ class Session:
 
     # -- many rewrites ------------------------------------------------------------------------
 
-    def run(self, rewrites: Sequence[Rewrite]) -> int:
-        """Apply rewrites until none fires; returns how many matches were committed.
+    def run(self, rewrites: Sequence[Rewrite], last_first: bool = False) -> int:
+        """Apply rewrites until none fires, to the ops in graph order or from the last one on; returns
+        how many matches were committed.
 
         Raises:
             DidNotConverge: if they are still firing after a generous number of matches.
@@ -189,14 +190,18 @@ class Session:
         budget = 10 * len(self.graph.fx.nodes) + 1000
         for _ in range(MAX_SWEEPS):
             before = len(self.applied)
-            self._sweep(rewrites, start + budget)
+            self._sweep(rewrites, start + budget, last_first)
             if len(self.applied) == before:
                 return before - start
         names = sorted({record.rewrite for record in self.applied[before:]})
         raise DidNotConverge(f"still firing after {MAX_SWEEPS} sweeps: {', '.join(names)}")
 
-    def _sweep(self, rewrites: Sequence[Rewrite], limit: int) -> None:
-        queue = deque(node for node in self.graph.fx.nodes if node.op == "call_function")
+    def _sweep(self, rewrites: Sequence[Rewrite], limit: int, last_first: bool) -> None:
+        nodes = self.graph.fx.nodes
+        queue = deque(
+            node for node in (reversed(nodes) if last_first else nodes)
+            if node.op == "call_function"
+        )  # fmt: skip
         queued = set(queue)
         while queue:
             node = queue.popleft()

@@ -15,8 +15,8 @@ import dataclasses
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -271,16 +271,24 @@ class Graph:
 
     def clone(self) -> Graph:
         """An independent graph over the same state tensors."""
+        return self._copied(self.fx.nodes)[0]
+
+    def constants(self) -> tuple[Graph, dict[Node, Node]]:
+        """The nodes that depend on parameters alone, in a graph of their own without outputs, and
+        which of its nodes stands for which of these."""
+        return self._copied([node for node in self.fx.nodes if self.is_constant(node)])
+
+    def _copied(self, nodes: Iterable[Node]) -> tuple[Graph, dict[Node, Node]]:
         copy = torch.fx.Graph()
         mapping: dict[Node, Node] = {}
-        for node in self.fx.nodes:
-            twin = copy.node_copy(node, lambda one: mapping[one])
+        for node in nodes:
+            twin = copy.node_copy(node, mapping.__getitem__)
             twin.meta = dict(node.meta)
             mapping[node] = twin
         states = {name: dataclasses.replace(state) for name, state in self.states.items()}
         twin_graph = Graph(copy, states, self.signature, self.fake_mode, dict(self.aliases))
         twin_graph._source_order = self._source_order
-        return twin_graph
+        return twin_graph, mapping
 
     def __str__(self) -> str:
         from graphopt.ir.printer import text
@@ -323,18 +331,22 @@ def written(node: Node) -> list[Node]:
     """The arguments whose memory a node writes."""
     if node.op != "call_function" or not is_overload(node.target):
         return []
-    target: Any = node.target
-    found = []
-    for position, argument in enumerate(target._schema.arguments):
-        alias = argument.alias_info
-        if alias is not None and alias.is_write:
-            given = (
-                node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            )
-            found.append(given)
+    found = [
+        node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        for position, name in _written_arguments(node.target)
+    ]
     if _updates_statistics(node):
         found += [node.args[3], node.args[4]]
     return [one for one in found if isinstance(one, Node)]
+
+
+@cache
+def _written_arguments(target: Any) -> list[tuple[int, str]]:
+    return [
+        (position, argument.name)
+        for position, argument in enumerate(target._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _updates_statistics(node: Node) -> bool:

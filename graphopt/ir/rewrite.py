@@ -76,9 +76,12 @@ class Rewriter(Builder):
 
     # -- what it costs ------------------------------------------------------------------------
 
-    def pays(self, old: Iterable[Op], *new: Value) -> None:
-        """Decline unless what was emitted for `new` is at least as fast as `old` on the target, and
-        needs no parameters stored beside those there are (graphopt.ir.storage)."""
+    def pays(self, old: Iterable[Op], *new: Value) -> float:
+        """The seconds that what was emitted for `new` saves on the target where `old` goes.
+
+        Declines if it takes longer, or needs parameters stored beside those there are
+        (graphopt.ir.storage).
+        """
         old = list(old)
         self._same_storage({op.out.node for op in old})
         before, after = sum(map(self.target.seconds, old)), self._seconds(new)
@@ -87,6 +90,11 @@ class Rewriter(Builder):
             f"it would take {after * 1e6:.0f} us instead of {before * 1e6:.0f} (estimated for "
             f"{self.target.name})",
         )
+        return before - after
+
+    def worthwhile(self, judge: Callable[[], bool]) -> None:
+        """Decline silently unless `judge` says that the rewrite pays. No matter of proof."""
+        self.match(judge())
 
     def _same_storage(self, gone: set[fx.Node]) -> None:
         made = set(self.made)

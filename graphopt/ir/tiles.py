@@ -23,7 +23,7 @@ BLOCK = 1 << 16  # elements of a block
 LEAST = 1 << 17  # elements of an expression worth taking apart
 
 _REDUCING = {"sum.dim_IntList", "mean.dim", "amax.default", "amin.default", "norm.ScalarOpt_dim",
-             "linalg_vector_norm.default"}  # fmt: skip
+             "linalg_vector_norm.default", "linalg_norm.default"}  # fmt: skip
 _SAME = {"detach.default", "clone.default", "contiguous.default", "alias.default", "to.dtype",
          "_to_copy.default"}  # fmt: skip
 _IN_PLACE = {"add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"}

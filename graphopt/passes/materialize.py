@@ -44,8 +44,7 @@ class Materialize(Pass):
     def run(self, session: Session) -> None:
         graph = session.graph
         # What the results are made of, for those who ask for them in float64.
-        before = graph.clone()
-        twin = dict(zip(graph.fx.nodes, before.fx.nodes, strict=True))
+        before, twin = graph.constants()
         lifted, plain = Evaluator(before, limit=KEPT), Evaluator(before, lifted=False)
         tiles = Tiles(before, lifted)
         made: list[tuple[str, str]] = []

@@ -17,8 +17,10 @@ import torch
 
 from graphopt.ir import ops
 from graphopt.ir.affine import same
-from graphopt.ir.linearity import AFFINE, Region, obstacle, starts
+from graphopt.ir.driver import Session
+from graphopt.ir.linearity import Region, obstacle, starts
 from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
+from graphopt.ir.tokens import AFFINE
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
@@ -36,15 +38,19 @@ def merge_region(end: ops.Op, rw: Rewriter) -> Value:
     """f(x) = W x + b for an affine f of tokens."""
     rw.match(end.out.is_tensor and not end.out.is_constant and end.out.dtype.is_floating_point)
     beside, refusal = _beside(end), None
+    best: tuple[float, Value, int] | None = None
     for start in starts(rw, end.out):
         for inside in (1, 2) if _joins_heads(rw, start) else (1,):
-            since = len(rw.made)
             try:
-                return _merged(rw, end, start, inside)
+                saved, _ = _merged(rw, end, start, inside)
+                if best is None or saved > best[0]:
+                    best = saved, start, inside
             except Declined as declined:
-                rw.rollback(since)
                 if beside is not None and start == beside[0]:
                     refusal = declined
+            rw.rollback()
+    if best is not None:
+        return _merged(rw, end, *best[1:])[1]
     if refusal is not None:
         raise refusal
     if (frame := _framed_otherwise(end)) is not None:
@@ -93,7 +99,8 @@ def _framed_otherwise(end: ops.Op) -> ops.Pad | None:
     return None
 
 
-def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> Value:
+def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> tuple[float, Value]:
+    """The region from `start` to `end` as one map, and the seconds that saves."""
     looks_up = start.dtype in (torch.int64, torch.int32)
     rw.match(looks_up or start.dtype == end.out.dtype)
     region = Region(rw, start, inside)
@@ -110,8 +117,7 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> Value:
         merged = rw.emit(ops.Linear(region.input(), weight, bias), like=end)
     replaced = gone(rw, end, region)
     rw.match(inside == 1 or len(replaced) > 2)  # the start needs a reshape
-    rw.pays(replaced, merged)
-    return merged
+    return rw.pays(replaced, merged), merged
 
 
 def _exact(rw: Rewriter, region: Region, dtype: torch.dtype) -> None:
@@ -140,3 +146,7 @@ class MergeRegions(RewritePass):
 
     name = "merge-regions"
     rewrites = (merge_region,)
+
+    def run(self, session: Session) -> None:
+        # From the last op on: what stands in front of a matrix goes into it in one step.
+        session.run(self.rewrites, last_first=True)

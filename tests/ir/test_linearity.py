@@ -102,6 +102,24 @@ def test_op_takes_part(name: str) -> None:
     assert calls(optimized(model, 2, 5, SIZE)) == ["sin", "linear", "relu"]
 
 
+NOT_TURNED = {"cast", "cumsum", "index", "index_select", "repeat_interleave", "repeat", "mean", "fft",
+              "rfft", "fft2", "conj"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_cheap_part_is_applied_to_the_matrix(name: str) -> None:
+    """In front of a matrix as behind it, no product with the identity written out is needed."""
+    for steps in [AFFINE[name], AFFINE["linear"]], [AFFINE["linear"], AFFINE[name]]:
+        model = Program_(steps)
+        optimized(model, 2, 5, SIZE)
+        x = torch.randn(2, 5, SIZE).double()
+        tune = graphopt.optimize(model, (x,), passes="canonicalize,merge-regions", validate=False)
+        if name in NOT_TURNED and steps[1] is AFFINE["linear"]:
+            assert "eye" in calls(tune)
+        else:
+            assert "eye" not in calls(tune)
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_op_does_not(name: str) -> None:
     model = Program_([AFFINE["linear"], OTHER[name], AFFINE["matmul"]])

@@ -260,6 +260,14 @@ def _(p: Pattern, cls: Any, shape: Shape) -> Op:
     return cls(x.shape, p.number("value"), x.dtype, x.meta.device)  # type: ignore[no-any-return]
 
 
+@entry(ops.Eye)
+def _(p: Pattern, cls: Any, shape: Shape) -> Op:
+    shape = tuple(_shape(p, shape, (2,)))
+    p.feasible(len(shape) == 2)
+    x = p.leaf(shape, constant=True)
+    return cls(*shape, x.dtype, x.meta.device)  # type: ignore[no-any-return]
+
+
 # -- data movement ------------------------------------------------------------------------------
 
 

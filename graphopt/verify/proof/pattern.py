@@ -392,8 +392,12 @@ class Pattern(Rewriter):
         super().require(condition, reason)
         self.requirements[reason] = None
 
-    def pays(self, old: Any, *new: Value) -> None:
+    def pays(self, old: Any, *new: Value) -> float:
         """What is faster is not a matter of proof."""
+        return 0.0
+
+    def worthwhile(self, judge: Callable[[], bool]) -> None:
+        """Nor is what is worth it."""
 
     def cheapest(self, *ways: Callable[[], Value]) -> Value:
         return self.choose(ways, "the way")()
