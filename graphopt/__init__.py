@@ -5,6 +5,7 @@ fast = graphopt.optimize(model, (x,))
 
 from graphopt.artifact import ArtifactError as ArtifactError, load as load
 from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
+from graphopt.channels import channel_groups as channel_groups
 from graphopt.ir.capture import CaptureError as CaptureError
 from graphopt.ir.contracts import (
     Algebraic as Algebraic,

@@ -216,7 +216,7 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     session.validator = None  # its values are not needed again, and large
     start = time.perf_counter()
     options.say("verifying the whole model in float64")
-    report.check = check_model(source, graph, inputs, options.float64_limit)
+    report.check = check_model(session.source or source, graph, inputs, options.float64_limit)
     report.validation_seconds = session.validation_seconds + time.perf_counter() - start
     if not report.check.ok and options.enforce:
         report.rolled_back = [

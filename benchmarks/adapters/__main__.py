@@ -14,7 +14,7 @@ import torch
 import typer
 
 from benchmarks.adapters.cells import Cell, measure
-from benchmarks.adapters.methods import LAYERS, METHODS
+from benchmarks.adapters.methods import FLOAT32_INSIDE, LAYERS, METHODS
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -48,9 +48,11 @@ def markdown(about: dict[str, str], cells: list[Cell]) -> str:
     layers = [one for one in LAYERS if any(cell.layer == one for cell in cells)]
     lines = [
         "# Adapters", "", ", ".join(f"{key} {value}" for key, value in about.items()) + ".", "",
-        "Ours / PEFT's own merge, each against the unmerged model in float64: *ok* below 1e-12 (1e-6 for "
-        "C3A and DEFT, which compute in float32), or the relative error. *kept*: left unmerged, and right. "
-        "*no*: the merge raises. Empty: PEFT has no such adapter.", "",
+        "Ours / PEFT's own merge, each against the unmerged model in float64: *ok* below 1e-12, or the "
+        f"relative error. {', '.join(FLOAT32_INSIDE)} compute in float32 inside, and a float64 model keeps "
+        "them, as casting rounds: theirs are the float32 model and its error, *ok* below "
+        f"{max(FLOAT32_INSIDE.values()):.0e}. *kept*: left unmerged, and right. *no*: the merge raises. "
+        "Empty: PEFT has no such adapter.", "",
         "| method | " + " | ".join(layers) + " | bf16 ours / PEFT |", "|" + " --- |" * (len(layers) + 2),
     ]  # fmt: skip
     for method in dict.fromkeys(cell.method for cell in cells):
@@ -63,10 +65,10 @@ def markdown(about: dict[str, str], cells: list[Cell]) -> str:
             worst = f"{max(ours for ours, _ in ratios if ours):.2f} / "
             worst += f"{max(peft_worst):.2f}" if peft_worst else "-"
         lines.append(f"| {method} | " + " | ".join(texts) + f" | {worst} |")
-    states = Counter("merged" if one.merged else "kept" for one in cells if one.ours64 is not None)
-    wrong = sum(one.peft64 is not None and one.peft64 > 1e-6 for one in cells)
+    states = Counter("merged" if one.merged else "kept" for one in cells if one.ours is not None)
+    wrong = sum(one.peft is not None and not one.peft < max(one.limit, 1e-6) for one in cells)
     ours_wrong = sum(not one.right for one in cells)
-    raises = sum(one.ours64 is not None and one.peft64 is None for one in cells)
+    raises = sum(one.ours is not None and one.peft is None for one in cells)
     lines += [
         "", f"Cells that PEFT supports: {states.total()}. Ours: {states['merged']} merged, "
         f"{states['kept']} kept, {ours_wrong} wrong. PEFT's merge: {wrong} wrong, {raises} raise.",
@@ -75,15 +77,14 @@ def markdown(about: dict[str, str], cells: list[Cell]) -> str:
 
 
 def _text(cell: Cell) -> str:
-    if cell.ours64 is None:
+    if cell.ours is None:
         return ""
-    limit = 1e-6 if cell.method in ("C3A", "DEFT") else 1e-12
-    ours = "kept" if not cell.merged else "ok" if cell.ours64 < limit else f"{cell.ours64:.0e}"
-    if not cell.merged and cell.ours64 > limit:
-        ours = f"{cell.ours64:.0e}"
-    if cell.peft64 is None:
+    ours = "ok" if cell.merged else "kept"
+    if not cell.ours < cell.limit:
+        ours = f"{cell.ours:.0e}"
+    if cell.peft is None:
         return f"{ours} / no"
-    return f"{ours} / {'ok' if cell.peft64 < limit else f'{cell.peft64:.0e}'}"
+    return f"{ours} / {'ok' if cell.peft < cell.limit else f'{cell.peft:.0e}'}"
 
 
 if __name__ == "__main__":

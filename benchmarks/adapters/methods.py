@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,24 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA": ("LoraConfig", {"r": 4, "use_dora": True}),
     "PiSSA": ("LoraConfig", {"r": 4, "init_lora_weights": "pissa"}),
     "OLoRA": ("LoraConfig", {"r": 4, "init_lora_weights": "olora"}),
+    "MiCA": ("LoraConfig", {"r": 4, "init_lora_weights": "mica"}),
+    "orthogonal LoRA": ("LoraConfig", {"r": 4, "init_lora_weights": "orthogonal"}),
+    "KaSA": ("LoraConfig", {"r": 4, "kasa_config": {}}),
+    "BD-LoRA, A in blocks": (
+        "LoraConfig",
+        {"r": 4, "use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},
+    ),
+    "BD-LoRA, B in blocks": (
+        "LoraConfig",
+        {"r": 4, "use_bdlora": {"target_modules_bd_b": [""], "nblocks": 2}},
+    ),
+    "VeLoRA": ("LoraConfig", {"r": 4, "velora_config": {"num_groups": 4}}),
+    "MonteCLoRA": ("LoraConfig", {"r": 4, "monteclora_config": {}}),
     "AdaLoRA": ("AdaLoraConfig", {"total_step": 10, "init_r": 4, "target_r": 2}),
     "LoHa": ("LoHaConfig", {"r": 4}),
     "LoKr": ("LoKrConfig", {"r": 4}),
     "OFT": ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+    "OFT by Cayley": ("OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}),
     "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
     "HRA": ("HRAConfig", {"r": 4}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
@@ -46,12 +61,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "PVeRA": ("PveraConfig", {"r": 4}),
     "TinyLoRA": ("TinyLoraConfig", {"r": 2}),
     "UniLoRA": ("UniLoraConfig", {"r": 4}),
+    "FRoD": ("FrodConfig", {"sparse_rate": 0.1, "progressbar": False}),
+    "AdaMSS": ("AdamssConfig", {"r": 8, "num_subspaces": 3, "subspace_rank": 2}),
     "DEFT": ("DeftConfig", {"r": 4}),
+    "PaRa": ("DeftConfig", {"r": 4, "para": True}),
     "BEFT": ("BeftConfig", {}),
     "PEANuT": ("PeanutConfig", {"r": 4}),
     "SuperTuning": ("SupertuningConfig", {}),
+    "TrainableTokens": ("TrainableTokensConfig", {"token_indices": [1, 5, 11]}),
+    "LN tuning": ("LNTuningConfig", {}),
 }
-FLOAT32_INSIDE = {"C3A": 1e-5, "DEFT": 1e-5}  # they compute in float32: merged in float32 models
+FLOAT32_INSIDE = {"C3A": 1e-5, "DEFT": 1e-5, "PaRa": 1e-5}
+"""They compute in float32 whatever the model: merged in float32 models, within these errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +114,7 @@ LAYERS = {
     ),
     "Conv1d": Layer(lambda: nn.Conv1d(8, 12, 3, padding=1), (2, 8, 9), "conv1d"),
     "Conv3d": Layer(lambda: nn.Conv3d(8, 12, 3, padding=1), (2, 8, 5, 5, 5), "conv3d"),
+    "LayerNorm": Layer(lambda: nn.LayerNorm(16), (3, 5, 16), "layer_norm"),
 }
 
 
@@ -116,6 +138,15 @@ def adapted(net: nn.Module, targets: list[str], *names: str) -> Any:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def as_double(model: nn.Module) -> Any:
+    """A copy in float64, also where a module casts to a dtype that it keeps (AdaMSS)."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(vars(module).get("dtype"), torch.dtype):
+            setattr(module, "dtype", torch.float64)  # noqa: B010
+    return model
 
 
 def ops_of(model: Any) -> list[str]:

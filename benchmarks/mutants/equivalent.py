@@ -175,6 +175,8 @@ EQUIVALENT = {
         "takes the first way that pays in place of the one that pays most",
     ("_merged", "rw.match(inside == 1 or len(replaced) > 2)  ->  (nothing)"):
         "only says when a reshape is worth it",
+    ("_merged", "looks_up or start.dtype == end.out.dtype  ->  start.dtype == end.out.dtype"):
+        f"tables are not merged any more: {_FEWER}",
     ("merge_region: _beside", "*"): _REASON,
     ("merge_region: _joins_heads", "*"):
         "only decides whether another way is tried, with the conditions of the first one",

@@ -11,7 +11,7 @@ import math
 import operator
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +84,10 @@ class Validator(Protocol):
 
     def forget(self, nodes: Iterable[fx.Node]) -> None: ...
 
+    def check_masked(self, groups: Any, gone: Collection[int], result: Graph) -> Verdict: ...
+
+    def restart(self) -> None: ...
+
 
 class Session:
     """One run of passes over one graph: commits replacements and keeps the records."""
@@ -101,6 +105,7 @@ class Session:
         self.refused: dict[tuple[str, fx.Node], Record] = {}
         self.validation_seconds = 0.0
         self.pass_name = ""
+        self.source: Graph | None = None  # what the result is to equal, if not what was captured
         self.pass_of: dict[str, str] = {}  # of rewrites that run together with other passes'
         self._hopeless: set[tuple[str, fx.Node]] = set()
 
@@ -145,6 +150,32 @@ class Session:
         for one, other in pairs:
             one.replace_all_uses_with(other)
         inherit(self.graph, pairs, made, gone)
+        self.applied.append(record)
+        self.applications.count += 1
+        return True
+
+    def become(
+        self, rewrite: str, contract: Contract, result: Graph,
+        check: Callable[[Validator], Verdict],
+    ) -> bool:  # fmt: skip
+        """Check that `result` is what `contract` promises; if so, the graph becomes it, and is from
+        here on what the end result is to equal. Returns whether it did."""
+        if self.applications.exhausted:
+            return False
+        start = time.perf_counter()
+        verdict = Verdict(True) if self.validator is None else check(self.validator)
+        self.validation_seconds += time.perf_counter() - start
+        record = Record(
+            rewrite, "", str(contract), verdict.reason, verdict.error, verdict.bound,
+            index=self.applications.count if verdict.ok else -1, stage=self.pass_name,
+        )  # fmt: skip
+        if not verdict.ok:
+            self.rolled_back.append(record)
+            return False
+        self.graph.become(result)
+        self.source = self.graph.clone()
+        if self.validator is not None:
+            self.validator.restart()
         self.applied.append(record)
         self.applications.count += 1
         return True

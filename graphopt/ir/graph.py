@@ -273,6 +273,10 @@ class Graph:
         """An independent graph over the same state tensors."""
         return self._copied(self.fx.nodes)[0]
 
+    def become(self, other: Graph) -> None:
+        """Take on the nodes and states of another graph, which is not to be used any more."""
+        self.__dict__.update(other.__dict__)
+
     def constants(self) -> tuple[Graph, dict[Node, Node]]:
         """The nodes that depend on parameters alone, in a graph of their own without outputs, and
         which of its nodes stands for which of these."""

@@ -9,29 +9,47 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt.ir.channels import Groups
 from graphopt.ir.contracts import Contract, Exact
 from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
 from graphopt.verify.bounds import Site
+from graphopt.verify.masked import Masked
+from graphopt.verify.model import relative_error
+
+MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
 
 class SiteValidator:
     """Checks sites on example inputs."""
 
     def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
-        self.graph = graph
-        self._evaluator = Evaluator(graph, inputs)
+        self.graph, self.inputs = graph, inputs
+        self.restart()
+
+    def restart(self) -> None:
+        """The graph has become another one."""
+        self._evaluator = Evaluator(self.graph, self.inputs)
 
     def forget(self, nodes: Iterable[fx.Node]) -> None:
         """Erased nodes need their values no more."""
         self._evaluator.forget(nodes)
+
+    def check_masked(self, groups: Groups, gone: Collection[int], result: Graph) -> Verdict:
+        """Compare a graph without some channel groups with the masked graph of `groups`."""
+        with torch.no_grad():
+            truth = Masked(groups, gone).run(self.inputs)
+            found = Interpreter(result, lifted=True, writes=False).run(self.inputs)
+        error = relative_error(found, truth)
+        reason = "" if error <= MASKED_LIMIT else f"differs from the masked model by {error:.1e}"
+        return Verdict(not reason, error, MASKED_LIMIT, reason)
 
     # -- sites --------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@ file (written by `python -m benchmarks.proofs`), others in `~/.cache/graphopt/pr
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import inspect
@@ -42,7 +43,7 @@ def proof_of(rewrite: Rewrite, depth: int = 1, seconds: float = 600.0) -> Proof:
 def key(rewrite: Rewrite, depth: int) -> str:
     """What a proof is kept under; empty where the source of the rewrite is not known."""
     source = _source(rewrite)
-    text = f"{_prover()} {depth} {rewrite.name} {source}"
+    text = f"{_foundation(rewrite.function.__module__)} {depth} {rewrite.name} {source}"
     return hashlib.sha256(text.encode()).hexdigest() if source else ""
 
 
@@ -65,9 +66,32 @@ def _source(rewrite: Rewrite) -> str:
     return source + (inspect.getdoc(rewrite.function) or "")
 
 
-@lru_cache(maxsize=1)
-def _prover() -> str:
-    """A hash of everything a proof rests on: this folder and `graphopt.ir`."""
-    here = Path(__file__).parent
-    files = sorted([*here.rglob("*.py"), *here.parents[1].joinpath("ir").rglob("*.py")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+PACKAGE = Path(__file__).parents[2]
+
+
+@lru_cache(maxsize=64)
+def _foundation(module: str) -> str:
+    """A hash of everything a proof rests on: this folder, what the module of the rewrite imports of
+    ours, and what these import in turn."""
+    found, waiting = set(), [_file(module), *Path(__file__).parent.rglob("*.py")]
+    while waiting:
+        path = waiting.pop()
+        if path is None or path in found:
+            continue
+        found.add(path)
+        for one in ast.walk(ast.parse(path.read_text())):
+            if isinstance(one, ast.ImportFrom) and one.module:
+                names = (one.module, *(f"{one.module}.{alias.name}" for alias in one.names))
+                waiting += map(_file, names)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _file(module: str) -> Path | None:
+    """The file of a module of ours."""
+    package, *rest = module.split(".")
+    path = PACKAGE.joinpath(*rest)
+    for found in (path.with_suffix(".py"), path / "__init__.py"):
+        if rest and package == PACKAGE.name and found.is_file():
+            return found
+    return None

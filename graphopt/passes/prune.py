@@ -1,0 +1,127 @@
+"""Channels removed, with all that depends on them.
+
+    conv2(relu(bn(conv1(x))))  =  the same over the channels that stay, where those that go are masked
+
+What has to go together is found by `graphopt.ir.channels`; which go is decided by their importance,
+within each family of groups (the channels of one width) or over all of them. The contract is `Masked`:
+the pruned graph is checked in float64 against the source with masks on every value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from graphopt.ir.channels import Group, Groups, find_groups
+from graphopt.ir.channels.remove import remove
+from graphopt.ir.contracts import Masked
+from graphopt.ir.driver import Session
+from graphopt.passes.base import Pass, PassError
+
+Scores = NDArray[np.float64]
+
+
+def _summed(groups: Groups, measure: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+    """A measure of every element of the parameters, summed over those of each group."""
+    scores = np.zeros(groups.trace.coupling.count)
+    for name, labels in groups.states.items():
+        state = groups.graph.states[name]
+        if state.kind != "parameter" or not labels.axes:
+            continue
+        sizes = measure(state.tensor.detach().double())
+        for axis, layers in labels.axes.items():
+            others = [one for one in range(sizes.ndim) if one != axis]
+            along = (sizes.sum(others) if others else sizes).cpu().numpy()
+            for layer in layers:
+                np.add.at(scores, layer, along)
+    return scores
+
+
+def l2(groups: Groups, seed: int) -> Scores:
+    """The norm of all parameters of a group (Li et al., arXiv 1608.08710, over the whole group)."""
+    return np.sqrt(_summed(groups, torch.Tensor.square))
+
+
+def l1(groups: Groups, seed: int) -> Scores:
+    """The sum of the magnitudes of all parameters of a group (arXiv 1608.08710)."""
+    return _summed(groups, torch.Tensor.abs)
+
+
+def random(groups: Groups, seed: int) -> Scores:
+    """The same draw for the same seed."""
+    return np.random.default_rng(seed).random(groups.trace.coupling.count)
+
+
+IMPORTANCE: dict[str, Callable[[Groups, int], Scores]] = {"l2": l2, "l1": l1, "random": random}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune(Pass):
+    """The least important channel groups are removed from every family, or over all families."""
+
+    name = "prune"
+    ratio: float = 0.5  # of the groups of each family, or of all
+    importance: str = "l2"  # or l1, random
+    scope: str = "local"  # or global
+    round_to: int = 1  # what stays is a multiple of this
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise PassError(f"prune: ratio is {self.ratio}, expected 0 <= ratio < 1")
+        if self.round_to < 1:
+            raise PassError(f"prune: round_to is {self.round_to}, expected at least 1")
+        for what, known in (("importance", IMPORTANCE), ("scope", ("local", "global"))):
+            if (found := getattr(self, what)) not in known:
+                raise PassError(f"prune: {what} is {found!r}, expected one of {', '.join(known)}")
+
+    def run(self, session: Session) -> None:
+        groups = find_groups(session.graph.clone())
+        scores = IMPORTANCE[self.importance](groups, self.seed)
+        families = groups.families()
+        if self.scope == "global":
+            # Comparable between families: in units of the family's mean.
+            for family in families:
+                labels = [one.label for one in family]
+                scores[labels] /= scores[labels].mean() or 1.0
+        gone = _spared(groups, scores, self._chosen(families, scores))
+        if gone:
+            result = remove(groups, gone)
+            session.become(
+                "prune", Masked(), result, lambda by: by.check_masked(groups, gone, result)
+            )
+
+    def _chosen(self, families: list[list[Group]], scores: Scores) -> set[int]:
+        counts = [int(self.ratio * len(family)) for family in families]
+        ordered = [sorted((one.label for one in family), key=lambda label: scores[label])
+                   for family in families]  # fmt: skip
+        if self.scope == "global":
+            ranked = sorted(
+                (scores[label], number)
+                for number, labels in enumerate(ordered) for label in labels[:-1]
+            )  # fmt: skip
+            counts = [0] * len(families)
+            for _, number in ranked[: int(self.ratio * sum(map(len, families)))]:
+                counts[number] += 1
+        gone: set[int] = set()
+        for labels, count in zip(ordered, counts, strict=True):
+            stay = max(len(labels) - count, 1)
+            stay = min(-(-stay // self.round_to) * self.round_to, len(labels))
+            gone |= set(labels[: len(labels) - stay])
+        return gone
+
+
+def _spared(groups: Groups, scores: Scores, gone: set[int]) -> set[int]:
+    """`gone` without what would take all entries of an axis: the most important one stays."""
+    while True:
+        emptied = next(iter(groups.emptied(groups.lost(gone))), None)
+        if emptied is None:
+            return gone
+        _, _, layers = emptied
+        rows = np.stack(layers)  # the groups of every entry
+        worth = np.where(np.isin(rows, list(gone)), scores[rows], 0.0).sum(0)
+        gone = gone - set(rows[:, int(worth.argmax())].tolist())

@@ -1,0 +1,225 @@
+"""The specification of `prune`: what is removed leaves the model that has it masked.
+
+The reference runs the source at full size with a mask on every value (graphopt.verify.masked); every
+network here is compared with it in float64 by the pass itself, at batches of other sizes by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.ir import ops
+from graphopt.ir.channels import remove
+from tests.helpers import Net, prepare
+
+IMAGE, TOKENS = (2, 3, 8, 8), (2, 6, 8)
+
+
+def image(body: Callable[[Any, Tensor], Tensor], **modules: Any) -> nn.Module:
+    """`body` between a convolution and a linear map of pooled channels."""
+    made = {"first": nn.Conv2d(3, 8, 3, padding=1), "second": nn.Conv2d(8, 8, 3, padding=1),
+            "norm": nn.BatchNorm2d(8), "last": nn.LazyConv2d(5, 3), **modules}  # fmt: skip
+    model = Net(lambda m, x: m.last(body(m, m.first(x))).mean((2, 3)), **made)
+    model(torch.randn(IMAGE))
+    return prepare(model)
+
+
+def tokens(body: Callable[[Any, Tensor], Tensor], **modules: Any) -> nn.Module:
+    made = {
+        "first": nn.Linear(8, 12),
+        "second": nn.Linear(12, 12),
+        "last": nn.LazyLinear(5),
+        **modules,
+    }
+    model = Net(lambda m, x: m.last(body(m, m.first(x))), **made)
+    model(torch.randn(TOKENS))
+    return prepare(model)
+
+
+def attend(m: Any, x: Tensor, heads: int = 3, fused: bool = False) -> Tensor:
+    qkv = m.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    if fused:
+        y = F.scaled_dot_product_attention(*qkv.unbind(0))
+    else:
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        y = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+    return m.second(y.transpose(1, 2).flatten(-2))
+
+
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "norm, activation": lambda: image(lambda m, x: m.norm(x).relu()),
+    "residual": lambda: image(lambda m, x: m.second(x.relu()) + x),
+    "depthwise": lambda: image(lambda m, x: m.d(x), d=nn.Conv2d(8, 8, 3, groups=8)),
+    "depthwise, two each": lambda: image(lambda m, x: m.d(x), d=nn.Conv2d(8, 16, 3, groups=8)),
+    "groups": lambda: image(lambda m, x: m.d(m.second(x)), d=nn.Conv2d(8, 12, 3, groups=4)),
+    "wide groups": lambda: image(lambda m, x: m.d(m.second(x)), d=nn.Conv2d(8, 12, 3, groups=2)),
+    "transposed": lambda: image(lambda m, x: m.d(x), d=nn.ConvTranspose2d(8, 6, 2, 2)),
+    "transposed, groups": lambda: image(lambda m, x: m.d(x), d=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)),
+    "joined": lambda: image(lambda m, x: torch.cat([x, m.second(x)], 1)),
+    "joined with itself": lambda: image(lambda m, x: torch.cat([x, x], 1)),
+    "joined, cut again": lambda: image(lambda m, x: torch.cat([x, m.second(x)], 1)[:, 4:12]),
+    "halves multiplied": lambda: image(lambda m, x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid()),
+    "uneven pieces": lambda: image(lambda m, x: torch.cat(x.split([5, 3], 1)[::-1], 1)),
+    "every other": lambda: image(lambda m, x: x[:, ::2]),
+    "shuffled": lambda: image(lambda m, x: m.second(x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2))),
+    "shuffled by torch": lambda: image(lambda m, x: m.second(F.channel_shuffle(x, 2))),
+    "rolled": lambda: image(lambda m, x: x.roll(3, 1)),
+    "flipped beside": lambda: image(lambda m, x: m.second(x) + x.flip(1)),
+    "pixels shuffled": lambda: image(lambda m, x: F.pixel_shuffle(x, 2)),
+    "pixels unshuffled": lambda: image(lambda m, x: F.pixel_unshuffle(x, 2)),
+    "zeros appended": lambda: image(lambda m, x: F.pad(x, (0, 0, 0, 0, 2, 2)) + m.wide(x),
+                                    wide=nn.Conv2d(8, 12, 1)),
+    "squeezed, excited": lambda: image(lambda m, x: x * m.up(m.down(x.mean((2, 3), True)).relu()).sigmoid(),
+                                       down=nn.Conv2d(8, 4, 1), up=nn.Conv2d(4, 8, 1)),
+    "mean over channels": lambda: image(lambda m, x: x * x.mean(1, keepdim=True).sigmoid()),
+    "group norm": lambda: image(lambda m, x: m.g(m.second(x)), g=nn.GroupNorm(4, 8)),
+    "softmax over channels": lambda: image(lambda m, x: x.softmax(1)),
+    "parameter": lambda: image(lambda m, x: x * m.scale + m.shift, scale=nn.Parameter(torch.randn(8, 1, 1)),
+                               shift=nn.Parameter(torch.randn(1, 8, 8, 8))),
+    "slopes": lambda: image(lambda m, x: m.act(x), act=nn.PReLU(8)),
+    "shared": lambda: image(lambda m, x: m.second(m.second(x).relu())),
+    "cut off": lambda: image(lambda m, x: m.second(x) + x.detach()),
+    "one channel beside": lambda: image(lambda m, x: x + m.one(x), one=nn.Conv2d(8, 1, 1)),
+    "repeated": lambda: image(lambda m, x: torch.cat([x.repeat(1, 2, 1, 1), x.repeat_interleave(2, 1)], 1)),
+    "stacked": lambda: image(lambda m, x: torch.stack([x, m.second(x)], 1).flatten(1, 2)),
+    "summed of stacked": lambda: image(lambda m, x: torch.stack([x, m.second(x)], 0).sum(0)),
+}  # fmt: skip
+SEQUENCES: dict[str, Callable[[], nn.Module]] = {
+    "layer norm": lambda: tokens(lambda m, x: m.n(x), n=nn.LayerNorm(12)),
+    "rms norm": lambda: tokens(lambda m, x: m.n(x) + x, n=nn.RMSNorm(12)),
+    "attention": lambda: tokens(attend, qkv=nn.Linear(12, 36)),
+    "fused attention": lambda: tokens(lambda m, x: attend(m, x, 2, True) + x, qkv=nn.Linear(12, 36)),
+    "gated": lambda: tokens(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x)), gate=nn.Linear(12, 20),
+                            up=nn.Linear(12, 20), down=nn.Linear(20, 12)),
+    "product of a parameter": lambda: tokens(lambda m, x: x @ m.w, w=nn.Parameter(torch.randn(12, 10))),
+    "einsum": lambda: tokens(lambda m, x: torch.einsum("btc,cd->btd", x, m.w),
+                             w=nn.Parameter(torch.randn(12, 10))),
+    "positions": lambda: tokens(lambda m, x: torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1) + m.places,
+                                token=nn.Parameter(torch.randn(1, 1, 12)),
+                                places=nn.Parameter(torch.randn(1, 7, 12))),
+    "patches merged": lambda: tokens(lambda m, x: torch.cat([x[:, 0::2], x[:, 1::2]], -1)),
+    "bilinear pooling": lambda: tokens(lambda m, x: (x.transpose(1, 2) @ m.second(x)).flatten(1)),
+    "tied": lambda: tokens(lambda m, x: F.linear(m.second(x).relu(), m.second.weight.t())),
+}  # fmt: skip
+
+
+def pruned(
+    model: nn.Module, x: Tensor, options: str = "importance=random"
+) -> graphopt.OptimizedModule:
+    fast = graphopt.optimize(model, (x,), passes=f"prune{{{options}}}")
+    assert fast.report.rolled_back == []
+    assert fast.report.check is not None and fast.report.check.ok
+    for one in fast.report.applied:
+        assert one.contract == "Masked" and one.error < 1e-12
+    return fast
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *SEQUENCES])
+def test_what_is_left_equals_the_masked_model(name: str) -> None:
+    model, shape = (IMAGES[name](), IMAGE) if name in IMAGES else (SEQUENCES[name](), TOKENS)
+    fast = pruned(model, torch.randn(shape).double())
+    assert fast.report.applied, "nothing was removed"
+    before, after = fast.report.before, fast.report.after
+    assert after.parameters < 0.85 * before.parameters
+    for batch in (1, 3):
+        assert torch.isfinite(fast(torch.randn(batch, *shape[1:]).double())).all()
+
+
+def test_least_important_channels_go() -> None:
+    model = image(lambda m, x: m.norm(x).relu())
+    with torch.no_grad():
+        norm = model.norm.weight, model.norm.bias
+        for one in (model.first.weight, model.first.bias, *norm, model.last.weight.transpose(0, 1)):
+            one[[1, 4, 6]] *= 1e-3
+    fast = pruned(model, torch.randn(IMAGE).double(), "ratio=0.375,importance=l2")
+    stay = [0, 2, 3, 5, 7]
+    assert torch.equal(fast.state_dict()["first.weight"], model.first.weight[stay])
+    assert torch.equal(fast.state_dict()["last.weight"], model.last.weight[:, stay])
+
+
+def test_inputs_and_outputs_keep_their_sizes() -> None:
+    fast = pruned(image(lambda m, x: x), torch.randn(IMAGE).double())
+    assert fast.state_dict()["first.weight"].shape == (4, 3, 3, 3)
+    assert fast.state_dict()["last.weight"].shape == (5, 4, 3, 3)
+
+
+def test_what_stays_is_a_multiple() -> None:
+    fast = pruned(tokens(lambda m, x: x), torch.randn(TOKENS).double(), "ratio=0.5,round_to=4")
+    assert fast.state_dict()["first.weight"].shape == (8, 8)
+
+
+def test_everything_may_be_coupled() -> None:
+    """Channel i meets channel i // 2, which meets i // 4, and so on to the first one."""
+    model = image(lambda m, x: x.repeat(1, 2, 1, 1) + x.repeat_interleave(2, 1))
+    groups = graphopt.channel_groups(model, torch.randn(IMAGE).double())
+    (family,) = (one for one in groups.families() if one[0].members[0].name == "first.weight")
+    assert len(family) == 1
+
+
+def test_an_op_that_is_not_understood_fixes_what_it_reads() -> None:
+    model = image(lambda m, x: x.sort(1).values)
+    groups = graphopt.channel_groups(model, torch.randn(IMAGE).double())
+    assert groups.fixed()["first.weight", 0] == "sort.default is not understood"
+
+
+@pytest.mark.parametrize(
+    "passes", ["prune,deploy", "deploy,prune", "prune{ratio=0.3},prune{ratio=0.3},tune"]
+)
+def test_with_other_passes(passes: str) -> None:
+    model = image(lambda m, x: m.second(m.norm(x).relu()) + x).float()
+    fast = graphopt.optimize(model, (torch.randn(IMAGE),), passes=passes)
+    assert fast.report.rolled_back == []
+    assert fast.report.check is not None and fast.report.check.ok
+    assert fast.report.after.parameters < 0.6 * fast.report.before.parameters
+
+
+def test_a_wrong_removal_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice that is adapted wrongly, for one, takes other channels."""
+    adapt = remove.adapt
+
+    def wrong(op: ops.Op, r: Any) -> ops.Op | None:
+        return op.replace(start=0, end=4) if isinstance(op, ops.Slice) else adapt(op, r)
+
+    monkeypatch.setattr(remove, "adapt", wrong)
+    model = image(lambda m, x: torch.cat([x, m.second(x)], 1)[:, 4:12])
+    fast = graphopt.optimize(
+        model, (torch.randn(IMAGE).double(),), passes="prune{ratio=0.5,seed=1}"
+    )
+    assert fast.report.applied == [] and len(fast.report.rolled_back) == 1
+    assert "differs from the masked model" in fast.report.rolled_back[0].reason
+    assert fast.report.after.parameters == fast.report.before.parameters
+
+
+@pytest.mark.parametrize("options", ["ratio=1.0", "ratio=-1.0", "importance=best", "scope=here"])
+def test_options_are_checked(options: str) -> None:
+    with pytest.raises(graphopt.PassError, match=r"prune: .* expected"):
+        graphopt.Pipeline(f"prune{{{options}}}")
+
+
+@given(st.lists(st.sampled_from([name for name in IMAGES if name not in ("parameter",)]),
+                min_size=2, max_size=3), st.integers(0, 9))  # fmt: skip
+@settings(max_examples=6, deadline=None)
+def test_networks_one_after_the_other(names: list[str], seed: int) -> None:
+    stages = [IMAGES[name]() for name in names]
+
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(stages)
+            self.between = nn.ModuleList(nn.Linear(5, 3 * 64) for _ in names[1:])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage, between in zip(self.stages, self.between, strict=False):
+                x = between(stage(x)).unflatten(1, (3, 8, 8))
+            y: Tensor = self.stages[-1](x)
+            return y
+
+    pruned(Stages().double().eval(), torch.randn(IMAGE).double(), f"importance=random,seed={seed}")
