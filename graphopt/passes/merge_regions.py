@@ -63,12 +63,12 @@ def merge_region(end: ops.Op, rw: Rewriter) -> Value:
 
 
 def _beside(end: ops.Op) -> tuple[Value, Value] | None:
-    """What a linear map reads, and what is added to it: the user expects one map of the two."""
+    """What a linear map or a table reads, and what is added: the user expects one of the two."""
     if isinstance(end, (ops.Add, ops.Sub)):
         for one, other in ((end.left, end.right), (end.right, end.left)):
             op = one.op if isinstance(one, Value) else None
-            if isinstance(op, ops.Linear) and isinstance(other, Value):
-                return op.input, other
+            if isinstance(op, (ops.Linear, ops.Embedding)) and isinstance(other, Value):
+                return op.input if isinstance(op, ops.Linear) else op.indices, other
     return None
 
 
