@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from graphopt.ir.channels import Group, Groups, find_groups
-from graphopt.ir.channels.remove import remove
+from graphopt.ir.channels.remove import CannotRemove, remove
 from graphopt.ir.contracts import Masked
-from graphopt.ir.driver import Session
+from graphopt.ir.driver import Record, Session
 from graphopt.passes.base import Pass, PassError
 
 Scores = NDArray[np.float64]
@@ -89,11 +89,16 @@ class Prune(Pass):
                 labels = [one.label for one in family]
                 scores[labels] /= scores[labels].mean() or 1.0
         gone = _spared(groups, scores, self._chosen(families, scores))
-        if gone:
+        if not gone:
+            return
+        try:
             result = remove(groups, gone)
-            session.become(
-                "prune", Masked(), result, lambda by: by.check_masked(groups, gone, result)
+        except CannotRemove as error:
+            session.refused["prune", session.graph.output] = Record(
+                "prune", "", "Masked", str(error)
             )
+            return
+        session.become("prune", Masked(), result, lambda by: by.check_masked(groups, gone, result))
 
     def _chosen(self, families: list[list[Group]], scores: Scores) -> set[int]:
         counts = [int(self.ratio * len(family)) for family in families]

@@ -63,6 +63,8 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "wide groups": lambda: image(lambda m, x: m.d(m.second(x)), d=nn.Conv2d(8, 12, 3, groups=2)),
     "transposed": lambda: image(lambda m, x: m.d(x), d=nn.ConvTranspose2d(8, 6, 2, 2)),
     "transposed, groups": lambda: image(lambda m, x: m.d(x), d=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)),
+    "transposed, wide groups": lambda: image(lambda m, x: m.d(m.second(x)),
+                                             d=nn.ConvTranspose2d(8, 12, 2, groups=2)),
     "joined": lambda: image(lambda m, x: torch.cat([x, m.second(x)], 1)),
     "joined with itself": lambda: image(lambda m, x: torch.cat([x, x], 1)),
     "joined, cut again": lambda: image(lambda m, x: torch.cat([x, m.second(x)], 1)[:, 4:12]),
@@ -196,6 +198,15 @@ def test_a_wrong_removal_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None
     assert fast.report.applied == [] and len(fast.report.rolled_back) == 1
     assert "differs from the masked model" in fast.report.rolled_back[0].reason
     assert fast.report.after.parameters == fast.report.before.parameters
+
+
+def test_sizes_that_cannot_be_adapted_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remove, "adapt", lambda op, r: None)  # sizes stay as they are written
+    model, x = IMAGES["shuffled"](), torch.randn(IMAGE).double()
+    fast = graphopt.optimize(model, (x,), passes="prune")
+    assert fast.report.applied == []
+    (refused,) = fast.report.refused
+    assert refused.rewrite == "prune" and "sizes [2, 4]" in refused.reason
 
 
 @pytest.mark.parametrize("options", ["ratio=1.0", "ratio=-1.0", "importance=best", "scope=here"])

@@ -59,7 +59,11 @@ class _Removal:
             if node.op == "get_attr":
                 self._cut_state(node)
             elif node.op == "call_function":
-                self._adapt(node)
+                try:
+                    self._adapt(node)
+                except (RuntimeError, ValueError) as error:
+                    said = " ".join(str(error).split())
+                    raise CannotRemove(f"{node.name} ({self.graph.where(node)}): {said}") from error
 
     def _cut_state(self, node: fx.Node) -> None:
         kept = self.kept[node]
@@ -264,11 +268,14 @@ def _(op: ops.Conv, r: _Removal) -> ops.Op | None:
     if op.groups == 1:
         return None
     axis = op.out.ndim - op.rank - 1
-    each = (r.before(op.weight)[1] if not op.transposed
-            else r.before(op.weight)[0] // op.groups)  # fmt: skip
-    if 1 in r.of(op.weight) or (op.transposed and axis not in r.of(op.input)):
+    kept = r.of(op.input).get(axis)
+    if kept is None:
+        return None
+    each = r.before(op.input)[axis] // op.groups
+    left = np.bincount(kept // each, minlength=op.groups)
+    if not np.isin(left, (0, each)).all():
         return None  # the same channels of every group
-    return op.replace(groups=r.size(op.input, axis) // each)
+    return op.replace(groups=int((left > 0).sum()))
 
 
 @adapt.register(ops.LayerNorm)

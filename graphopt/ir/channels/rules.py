@@ -55,7 +55,10 @@ class Trace:
             return
         if node.op == "placeholder" or not _tensors(found):
             self.labels[node] = _blank(found)
-            if node.op == "call_function":
+            if node.target is torch.ops.aten.sym_size.int:
+                source, axis = node.args
+                self.fix(self.labels[source], [axis], f"{node.name} is its size")  # type: ignore[index]
+            elif node.op == "call_function":
                 for one in node.all_input_nodes:
                     self._fix(one, f"{node.name} reads it")
             return
