@@ -169,7 +169,12 @@ def test_everything_may_be_coupled() -> None:
 def test_an_op_that_is_not_understood_fixes_what_it_reads() -> None:
     model = image(lambda m, x: x.sort(1).values)
     groups = graphopt.channel_groups(model, torch.randn(IMAGE).double())
-    assert groups.fixed()["first.weight", 0] == "sort.default is not understood"
+    fixed = groups.fixed()
+    assert fixed["first.weight", 0] == "sort.default is not understood"
+    assert fixed["first.weight", 1] == "it is read by a map whose inputs are fixed"
+    assert fixed["first.weight", 2] == "a kernel runs along the axis"
+    assert fixed["last.weight", 0] == "it is an output of the model"
+    assert "fixed: last.bias[0]: it is an output of the model" in str(groups)
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,9 @@ class Groups:
             for axis, size in enumerate(labels.shape):
                 if size > 1 and axis not in self.states[name].axes and axis not in labels.fresh:
                     known = self.trace.coupling.reasons
-                    given = (
-                        known.get(int(label)) for layer in labels.layers(axis) for label in layer
-                    )
-                    found[name, axis] = next(
-                        filter(None, given), "it is coupled with what is fixed"
-                    )
+                    given = (known.get(int(one)) for layer in labels.layers(axis) for one in layer)
+                    reason = labels.reasons.get(axis) or next(filter(None, given), "")
+                    found[name, axis] = reason or "it is coupled with what is fixed"
         return found
 
     def groups(self) -> list[Group]:

@@ -25,11 +25,12 @@ Layers = tuple[Vector, ...]
 @dataclasses.dataclass
 class Labels:
     """The layers of every axis of a value. `fresh` are axes of a parameter that nothing has met yet:
-    they take on the layers of the first axis they meet."""
+    they take on the layers of the first axis they meet. `reasons` say why an axis got none."""
 
     shape: tuple[int, ...]
     axes: dict[int, Layers] = dataclasses.field(default_factory=dict)
     fresh: set[int] = dataclasses.field(default_factory=set)
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def layers(self, axis: int) -> Layers:
         return self.axes.get(axis % len(self.shape), ()) if self.shape else ()
@@ -108,6 +109,8 @@ class Coupling:
             if axis in labels.fresh:
                 labels.fresh.discard(axis)
                 labels.axes[axis] = found
+                if not found:
+                    labels.reasons[axis] = reason
         return found
 
     # -- data movement ------------------------------------------------------------------------

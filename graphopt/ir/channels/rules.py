@@ -125,6 +125,7 @@ class Trace:
             axis %= len(labels.shape)
             self.coupling.fix(labels.layers(axis), reason)
             labels.fresh.discard(axis)
+            labels.reasons.setdefault(axis, reason)
 
     def join(self, reason: str, *sides: tuple[Labels, int]) -> Layers:
         given = [(labels, axis % len(labels.shape)) for labels, axis in sides]
