@@ -27,17 +27,10 @@ from graphopt.ir.driver import Record, Session, Validator, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter
 from graphopt.passes.base import Pass, PassError
-from graphopt.passes.pruning.budget import (
-    ALLOCATIONS,
-    SCOPES,
-    TARGETS,
-    Ranked,
-    allocate,
-    example,
-    rank,
-)
-from graphopt.passes.pruning.evidence import Evidence, EvidenceError, Loss, Scores
+from graphopt.passes.pruning.budget import ALLOCATIONS, TARGETS, allocate
+from graphopt.passes.pruning.evidence import Evidence, EvidenceError, Loss, Scores, example
 from graphopt.passes.pruning.importance import IMPORTANCE, Importance
+from graphopt.passes.pruning.ranking import SCOPES, Ranked, rank
 from graphopt.passes.pruning.reconstruction import RECONSTRUCTION, Reconstruction
 
 RATIO = 0.5  # where nothing else is said

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphopt
-from graphopt.ir.channels import Groups
+from graphopt.ir.channels import Groups, meters
 from graphopt.ir.channels.remove import remove
 from graphopt.ir.cost import cost
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import Prune
-from graphopt.passes.pruning import budget
+from graphopt.passes.pruning import budget, evidence, latency, ranking
 from graphopt.passes.pruning.evidence import Evidence
 from graphopt.passes.pruning.importance import l2, random
 from tests.helpers import Net, prepare
@@ -86,12 +86,12 @@ def pruned(model: nn.Module, x: Tensor, options: str) -> graphopt.OptimizedModul
     return fast
 
 
-def ranked(model: nn.Module, x: Tensor, judge: Any = l2, **options: Any) -> budget.Ranked:
+def ranked(model: nn.Module, x: Tensor, judge: Any = l2, **options: Any) -> ranking.Ranked:
     groups = graphopt.channel_groups(model, (x,))
-    return budget.rank(groups, judge(Evidence(groups)), **options)
+    return ranking.rank(groups, judge(Evidence(groups)), **options)
 
 
-def names(one: budget.Ranked) -> list[str]:
+def names(one: ranking.Ranked) -> list[str]:
     """The first parameter of every family."""
     first = {group.label: group.members[0].name for group in one.groups.groups()}
     return [first[int(labels[0])] for labels in one.families]
@@ -136,12 +136,19 @@ def test_multiples_within_a_budget(allocation: str) -> None:
     assert all(state[f"{one}.weight"].shape[0] % 8 == 0 for one in "abcd")
 
 
-def test_the_smallest_ratio_is_taken() -> None:
+def test_the_smallest_ratio_is_taken_and_the_rest_of_the_budget_used() -> None:
     model, x = chain(20, 20), torch.randn(2, 3, 4, 4).double()
     fast = pruned(model, x, "target_flops=0.5")
-    full = 3 * 20 + 20 * 20 + 20 * 5
-    most = max(width for width in range(20) if 3 * width + width**2 + 5 * width <= 0.5 * full)
-    assert [one.shape[0] for one in fast.state_dict().values()] == [most, most, 5]
+
+    def flops(a: int, b: int) -> int:
+        return 3 * a + a * b + 5 * b
+
+    limit = 0.5 * flops(20, 20)
+    most = max(width for width in range(20) if flops(width, width) <= limit)
+    a, b, out = (one.shape[0] for one in fast.state_dict().values())
+    assert out == 5
+    assert most <= min(a, b) <= max(a, b) <= most + 1
+    assert flops(a, b) <= limit < min(flops(a + 1, b), flops(a, b + 1))
 
 
 @pytest.mark.parametrize(("widths", "seed"), [((8, 8, 8), 2), ((6, 16, 10), 0), ((5, 12), 3)])
@@ -194,18 +201,22 @@ def test_milp_takes_what_costs_much_and_matters_little() -> None:
 def test_what_is_foreseen_is_what_is_left(name: str) -> None:
     model, shape = (IMAGES[name](), IMAGE) if name in IMAGES else (SEQUENCES[name](), TOKENS)
     one = ranked(model, torch.randn(shape).double(), random)
-    meters = budget.flops(one.groups), budget.parameters(one.groups)
+    counted_by = meters.flops(one.groups), meters.parameters(one.groups)
     for ratio in (0.0, 0.3, 0.7):
         gone = one.gone(one.at(ratio))
         left = cost(remove(one.groups, gone))
-        found = [meter.of(one.lost(gone)) for meter in meters]
+        found = [meter.of(one.lost(gone)) for meter in counted_by]
         np.testing.assert_allclose(found, [left.flops, left.parameters], rtol=1e-12)
+    full = cost(one.groups.graph).flops
+    for family in one.groups.families():
+        alone = cost(remove(one.groups, {family[0].label})).flops
+        np.testing.assert_allclose(family[0].flops, full - alone, atol=1e-9 * full)
 
 
 # -- scopes -----------------------------------------------------------------------------------------
 
 
-def blocks() -> budget.Ranked:
+def blocks() -> ranking.Ranked:
     """Hidden channels of three blocks: those of the first are all less important than those of the
     second, which is like it; half of those of the third, which has a norm, hardly matter."""
     return ranked(_blocks(), torch.randn(2, 6).double(), scope="local")
@@ -252,7 +263,7 @@ def test_scopes(scope: str, ratio: float, gone: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("scope", budget.SCOPES)
+@pytest.mark.parametrize("scope", ranking.SCOPES)
 def test_budgets_in_every_scope(scope: str, allocation: str) -> None:
     one = ranked(residual(), torch.randn(2, 3, 8, 8).double(), scope=scope)
     gone = one.gone(budget.allocate(one, {"target_flops": 0.4}, allocation, ()))
@@ -344,15 +355,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     def measured(graphs: list[Graph], parts: list[str], inputs: Any) -> Any:
         found = []
         for graph in graphs:
-            meter = budget.flops(Groups(graph))
+            meter = meters.flops(Groups(graph))
             flops = {node.meta["part"]: 0.0 for node in graph.calls}
             convs = [node for node in graph.calls if "conv" in node.meta["part"]]
             flops |= zip([one.meta["part"] for one in convs], meter.full[: len(convs)], strict=True)
             found.append([flops[part] for part in parts])
         return np.array(found)
 
-    for name, made in (("runner", runner), ("compared", compared), ("_measured", measured)):
-        monkeypatch.setattr(budget, name, made)
+    monkeypatch.setattr(budget, "runner", runner)
+    monkeypatch.setattr(budget, "compared", compared)
+    monkeypatch.setattr(latency, "_measured", measured)
     return seen
 
 
@@ -386,18 +398,18 @@ def test_data_that_the_model_is_not_called_with_is_an_error() -> None:
 
 
 def test_a_comparison_is_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "SECONDS", 0.8)
-    found = budget.compared(lambda: time.sleep(0.02), lambda: time.sleep(0.01))
+    monkeypatch.setattr(latency, "SECONDS", 0.8)
+    found = latency.compared(lambda: time.sleep(0.02), lambda: time.sleep(0.01))
     assert 0.4 < found < 0.7
 
 
 def test_times_of_ops_add_up_to_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "SECONDS", 1.0)
+    monkeypatch.setattr(latency, "SECONDS", 1.0)
     one = ranked(chain(64, 96), torch.randn(2, 3, 32, 32).double())
-    inputs = budget.example(one.groups.graph)
-    meter = budget.latency(one, inputs)
+    inputs = evidence.example(one.groups.graph)
+    meter = latency.latency(one, inputs)
     full, half = (meter.of(one.lost(one.gone(one.at(ratio)))) for ratio in (0.0, 0.5))
-    run = budget.runner(one.groups.graph, inputs)
+    run = latency.runner(one.groups.graph, inputs)
     times = []
     for _ in range(9):
         start = time.perf_counter()
@@ -412,5 +424,5 @@ def test_measuring_writes_nothing() -> None:
     one = ranked(model, torch.randn(2, 3, 8, 8))
     mean = one.groups.graph.states["1.running_mean"].tensor
     before = mean.clone()
-    budget.runner(one.groups.graph, [torch.randn(2, 3, 8, 8) + 5])()
+    latency.runner(one.groups.graph, [torch.randn(2, 3, 8, 8) + 5])()
     assert torch.equal(mean, before)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from graphopt.ir.channels.labels import FIXED, Labels, Layers, Vector
+from graphopt.ir.channels.meters import Meter, flops as count_flops
 from graphopt.ir.channels.trace import Trace
 from graphopt.ir.graph import Graph
 
@@ -30,16 +31,20 @@ class Member:
 class Group:
     """Entries that go away together: those of one channel in all the parameters that know it.
 
-    `parameters` is how many elements they are.
+    `parameters` is how many elements they are, `flops` how many fewer the graph takes without them.
     """
 
     label: int
     parameters: int
-    _places: _Places = dataclasses.field(repr=False, compare=False)
+    _groups: Groups = dataclasses.field(repr=False, compare=False)
 
     @property
     def members(self) -> tuple[Member, ...]:
-        return self._places.members(self.label)
+        return self._groups._places.members(self.label)
+
+    @property
+    def flops(self) -> float:
+        return self._groups.flops(self.label)
 
 
 class Groups:
@@ -128,6 +133,18 @@ class Groups:
     def _places(self) -> _Places:
         return _Places(self.states)
 
+    @cached_property
+    def _flops(self) -> Meter:
+        return count_flops(self)
+
+    def flops(self, *gone: int) -> float:
+        """How many fewer FLOPs the graph takes without the groups of these labels, at the sizes of the
+        example inputs."""
+        lost = np.zeros((2, self.trace.coupling.count), dtype=bool)
+        lost[1, list(gone)] = True
+        full, left = self._flops.totals(lost)
+        return float(full - left)
+
     def groups(self) -> list[Group]:
         """All groups that a parameter is part of, those that are fixed left out."""
         return [group for family in self.families() for group in family]
@@ -140,22 +157,26 @@ class Groups:
                 + (f" x {len(one.entries)}" if len(one.entries) > 1 else "")
                 for one in family[0].members
             )
-            lines.append(f"{len(family)} groups of {family[0].parameters} parameters: {members}")
+            costs = f"{family[0].parameters} parameters, {family[0].flops:.3g} FLOPs"
+            lines.append(f"{len(family)} groups of {costs}: {members}")
         for (name, axis), reason in self.fixed().items():
             lines.append(f"fixed: {name}[{axis}]: {reason}")
         return "\n".join(lines)
 
     def families(self) -> list[list[Group]]:
         """Groups with the same members but for the entries: the channels of one width."""
-        return self._places.families()
+        return [
+            [Group(label, size, self) for label, size in one] for one in self._places.families()
+        ]
 
     def drawn(self) -> networkx.Graph:
         """Parameters and families of groups, an edge where one is part of the other."""
         graph = networkx.Graph()
         for number, family in enumerate(self.families()):
             graph.add_node(
-                number, size=len(family), parameters=sum(one.parameters for one in family)
-            )
+                number, size=len(family), parameters=sum(one.parameters for one in family),
+                flops=len(family) * family[0].flops,
+            )  # fmt: skip
             for member in family[0].members:
                 graph.add_edge(number, member.name, axis=member.axis, entries=len(member.entries))
         return graph
@@ -203,17 +224,18 @@ class _Places:
             found.append(Member(name, axis, tuple(entries.tolist())))
         return tuple(found)
 
-    def families(self) -> list[list[Group]]:
+    def families(self) -> list[list[tuple[int, int]]]:
+        """Labels of each family with their numbers of elements."""
         if not len(self.labels):
             return []
         counts = np.array([self.axes[where][3][number + 1] - self.axes[where][3][number]
                            for where, number in zip(self.where, self.number, strict=True)])  # fmt: skip
         kinds = np.stack([self.where, counts], 1)
         sizes = np.add.reduceat(self.size, self.starts[:-1])
-        found: dict[bytes, list[Group]] = {}
+        found: dict[bytes, list[tuple[int, int]]] = {}
         for i, label in enumerate(self.labels.tolist()):
             key = kinds[self.starts[i] : self.starts[i + 1]].tobytes()
-            found.setdefault(key, []).append(Group(label, int(sizes[i]), self))
+            found.setdefault(key, []).append((label, int(sizes[i])))
         return list(found.values())
 
 

@@ -3,7 +3,7 @@
 A budget is a fraction of what the source costs, in FLOPs, parameters or seconds. The groups of a family
 go in the order of their importance, so an allocation is one number for each family. It is
 
-    uniform   the one with the smallest ratio that keeps to the budgets, or
+    uniform   the one with the smallest ratio that keeps to the budgets, with what there is room for, or
     milp      max sum_f I_f(k_f)  subject to  C(k) <= limit,  k_f groups of family f staying,
 
 a knapsack with a choice of levels for every family (as in HALP, arXiv 2110.10811). C is no sum over
@@ -18,311 +18,22 @@ as a whole beside the source, and the budget corrected until that meets the targ
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
-import re
-import statistics
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse
-import torch
-from numpy.typing import NDArray
-from torch import fx
 
-from graphopt.ir.builder import Builder
-from graphopt.ir.channels import Group, Groups, Labels
-from graphopt.ir.channels.labels import FIXED, Layers, Vector
+from graphopt.ir.channels.labels import Vector
+from graphopt.ir.channels.meters import Floats, Meter, flops, parameters
 from graphopt.ir.channels.remove import remove
-from graphopt.ir.graph import Graph
-from graphopt.ir.interpret import Interpreter
-from graphopt.ir.ops.base import hint
 from graphopt.passes.base import PassError
-from graphopt.passes.pruning.evidence import Scores
+from graphopt.passes.pruning.latency import compared, latency, runner
+from graphopt.passes.pruning.ranking import Ranked
 
-SCOPES = ("local", "global", "isomorphic")
 ALLOCATIONS = ("uniform", "milp")
 TARGETS = ("target_flops", "target_params", "target_latency")
-Floats = NDArray[np.float64]
-Lost = NDArray[np.bool_]  # allocations x labels
-
-
-# -- what may go, and in which order ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranked:
-    """The groups that may go: the labels of every family, the least important first.
-
-    `classes` are the families whose groups are compared with one another; `scores` are in units of
-    a mean, so that sums over families mean something. An allocation, `stay`, has the number of
-    groups that stay for every family: a multiple of `round_to`, and `least` or more.
-    """
-
-    groups: Groups
-    scores: Scores
-    families: list[Vector]
-    classes: list[list[int]]
-    round_to: int = 1
-    max_ratio: float = 1.0
-
-    @property
-    def sizes(self) -> Vector:
-        return np.array([len(labels) for labels in self.families], dtype=np.int64)
-
-    @property
-    def least(self) -> Vector:
-        return self._rounded(np.maximum(self.sizes - (self.max_ratio * self.sizes).astype(int), 1))
-
-    def _rounded(self, stay: Vector) -> Vector:
-        return np.minimum(-(-stay // self.round_to) * self.round_to, self.sizes)
-
-    def at(self, ratio: float) -> Vector:
-        """The allocation without this part of the groups of every class, the least important ones."""
-        stay = self.sizes
-        for members in self.classes:
-            able = [self.families[one][: stay[one] - self.least[one]] for one in members]
-            owner = np.repeat(members, [len(labels) for labels in able])
-            order = np.argsort(self.scores[np.concatenate(able)], kind="stable")
-            count = int(ratio * sum(len(self.families[one]) for one in members))
-            stay -= np.bincount(owner[order[:count]], minlength=len(stay))
-        return self._rounded(stay)
-
-    def gone(self, stay: Vector) -> set[int]:
-        """The labels of what goes; the most important entry of every axis is spared."""
-        gone: set[int] = set()
-        for labels, count in zip(self.families, stay, strict=True):
-            gone |= set(labels[: len(labels) - count].tolist())
-        return _spared(self.groups, self.scores, gone)
-
-    def lost(self, gone: Iterable[int]) -> Lost:
-        found = np.zeros((1, self.groups.trace.coupling.count), dtype=bool)
-        found[0, list(gone)] = True
-        return found
-
-    def importance(self, stay: Vector) -> float:
-        """The sum of the scores of what stays."""
-        pairs = zip(self.families, stay, strict=True)
-        return float(
-            sum(self.scores[labels[len(labels) - count :]].sum() for labels, count in pairs)
-        )
-
-
-def rank(
-    groups: Groups, scores: Scores, scope: str = "local", protect: str = "", round_to: int = 1,
-    max_ratio: float = 1.0, heads: bool = True,
-) -> Ranked:  # fmt: skip
-    """The groups of a graph by importance, those of protected families left out.
-
-    The groups of a family are compared with one another, with those of all families (`global`, in
-    units of the family's mean), or with those of families of the same structure (`isomorphic`, arXiv
-    2407.04616): parameters of the same shapes but for the axis of the groups, read by the same ops.
-
-    Raises:
-        PassError: for a pattern that matches no parameter.
-    """
-    kept = protected(groups, protect)
-    families = [
-        one for one in groups.families()
-        if not kept & {m.name for m in one[0].members}
-        and (heads or one[0].label not in groups.blocks)
-    ]  # fmt: skip
-    labels = [np.array([one.label for one in family], dtype=np.int64) for family in families]
-    alone = [[number] for number in range(len(families))]
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for number, family in enumerate(families):
-        alike[_structure(groups, family[0])].append(number)
-    isomorphic = list(alike.values())
-    scores = scores.copy()
-    for members in isomorphic if scope == "isomorphic" else alone:
-        compared = np.concatenate([labels[number] for number in members])
-        scores[compared] /= np.abs(scores[compared]).mean() or 1.0
-    together = [list(range(len(families)))] if families else []
-    classes = {"local": alone, "isomorphic": isomorphic, "global": together}[scope]
-    ordered = [one[np.argsort(scores[one], kind="stable")] for one in labels]
-    return Ranked(groups, scores, ordered, classes, round_to, max_ratio)
-
-
-def _structure(groups: Groups, group: Group) -> Any:
-    """What a group is made of, without names: for every member, the ops that read the parameter, its
-    other sizes, and how many entries of it there are."""
-    found = []
-    for one in group.members:
-        shape = list(groups.states[one.name].shape)
-        shape[one.axis] = -1
-        ops = sorted({str(user.target) for user in groups.graph.read(one.name).users})
-        found.append((ops, shape, len(one.entries)))
-    return str(sorted(found))
-
-
-def protected(groups: Groups, patterns: str) -> set[str]:
-    """The parameters that match any of some patterns, `head.*;stem.*` or `head.*|stem.*`.
-
-    Raises:
-        PassError: for a pattern without a match, with the name that is nearest to it.
-    """
-    states, aliases = groups.graph.states, groups.graph.aliases
-    names = {name: name for name, state in states.items() if state.kind == "parameter"}
-    names |= {name: twin for name, twin in aliases.items() if twin in names}
-    found: set[str] = set()
-    for pattern in filter(None, map(str.strip, re.split(r"[|;]", patterns))):
-        matches = fnmatch.filter(names, pattern)
-        if not matches:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            nearest = f"; the nearest is {near[0]}" if near else ""
-            raise PassError(f"prune: protect={pattern!r} matches no parameter{nearest}")
-        found |= {names[name] for name in matches}
-    return found
-
-
-def _spared(groups: Groups, scores: Scores, gone: set[int]) -> set[int]:
-    """`gone` without what would take all entries of an axis: the most important one stays."""
-    while True:
-        emptied = next(iter(groups.emptied(groups.lost(gone))), None)
-        if emptied is None:
-            return gone
-        _, _, layers = emptied
-        rows = np.stack(layers)  # the groups of every entry
-        worth = np.where(np.isin(rows, list(gone)), scores[rows], 0.0).sum(0)
-        gone = gone - set(rows[:, int(worth.argmax())].tolist())
-
-
-# -- what it costs ----------------------------------------------------------------------------------
-
-
-class Axes:
-    """The axes that groups run along; those with the same labels count as one."""
-
-    def __init__(self, groups: Groups) -> None:
-        self.classes = groups.classes
-        self.layers: list[Layers] = []
-        self._numbers: dict[tuple[bytes, ...], int] = {}
-
-    def of(self, labels: Any) -> dict[int, int]:
-        """The numbers of the axes of a value, where it loses entries with any group."""
-        found = {}
-        for axis, given in labels.axes.items() if isinstance(labels, Labels) else ():
-            layers = tuple(self.classes[one] for one in given)
-            if any((one != FIXED).any() for one in layers):
-                key = tuple(sorted(one.tobytes() for one in layers))
-                found[axis] = self._numbers.setdefault(key, len(self.layers))
-                self.layers += [layers] * (found[axis] == len(self.layers))
-        return found
-
-    def with_any(self, labels: Vector) -> list[int]:
-        """The axes along which any of these groups run."""
-        return [
-            number for number, layers in enumerate(self.layers)
-            if any(np.isin(one, labels).any() for one in layers)
-        ]  # fmt: skip
-
-    def logs(self, lost: Lost, numbers: Iterable[int]) -> Floats:
-        """The logarithm of the part of every axis that stays: allocations x axes."""
-        found: list[Floats] = []
-        for number in numbers:
-            layers = self.layers[number]
-            away = np.logical_or.reduce([lost[:, one] for one in layers])
-            found.append(np.maximum(len(layers[0]) - away.sum(1), 1) / len(layers[0]))
-        logs: Floats = np.log(np.array(found).reshape(-1, len(lost)).T)
-        return logs
-
-
-Part = tuple[float, Mapping[int, float]]  # what it costs in full, the power of every axis in it
-
-
-class Meter:
-    """What a graph costs at any allocation: the sum of its parts, which are products of powers of what
-    stays of axes, or lie on a curve over these."""
-
-    def __init__(self, axes: Axes, parts: Sequence[Part]) -> None:
-        self.axes = axes
-        self.full = np.array([full for full, _ in parts])
-        self.powers = np.zeros((len(parts), len(axes.layers)))
-        for row, (_, powers) in zip(self.powers, parts, strict=True):
-            row[list(powers)] = list(powers.values())
-        self.curves: list[tuple[Floats, Floats]] | None = None
-
-    def parts(self, logs: Floats) -> Floats:
-        """Every part by itself, before any curve: allocations x parts."""
-        found: Floats = self.full * np.exp(logs @ self.powers.T)
-        return found
-
-    def total(self, logs: Floats) -> Floats:
-        found = self.parts(logs)
-        if self.curves is not None:
-            found = np.stack(
-                [np.interp(one, *curve) for one, curve in zip(found.T, self.curves, strict=True)], 1
-            )
-        total: Floats = found.sum(1)
-        return total
-
-    def of(self, lost: Lost) -> float:
-        return float(self.total(self.axes.logs(lost, range(len(self.axes.layers))))[0])
-
-
-def parameters(groups: Groups) -> Meter:
-    """Counts the elements of all parameters."""
-    axes, parts = Axes(groups), []
-    for name, state in groups.graph.states.items():
-        if state.kind == "parameter":
-            powers = Counter(axes.of(groups.states.get(name)).values())
-            parts.append((float(state.tensor.numel()), powers))
-    return Meter(axes, parts)
-
-
-def flops(groups: Groups) -> Meter:
-    """Counts the FLOPs of `graphopt.ir.cost`."""
-    axes = Axes(groups)
-    found = [_arithmetic(groups, axes, node) for node in groups.graph.calls]
-    return Meter(axes, [part for part in found if part is not None])
-
-
-def _arithmetic(groups: Groups, axes: Axes, node: fx.Node) -> Part | None:
-    """The FLOPs of an op; None if it has none.
-
-    They are a product of sizes: to what power the size of an axis is in it shows when it is doubled in
-    all that the op reads and makes.
-    """
-    near = [one for one in (node, *node.all_input_nodes) if _is_tensor(one)]
-    shapes = {one: [hint(size) for size in one.meta["val"].shape] for one in near}
-    numbers = {one: axes.of(groups.trace.labels[one]) for one in near}
-    builder = Builder(groups.graph, node)
-    once = _flops(builder, node, shapes)
-    if not once:
-        return None
-    powers = {}
-    for number in {number for found in numbers.values() for number in found.values()}:
-        doubled = {
-            one: [size << (numbers[one].get(axis) == number) for axis, size in enumerate(shape)]
-            for one, shape in shapes.items()
-        }
-        powers[number] = float(np.log2(_flops(builder, node, doubled) / once))
-    return once, powers
-
-
-def _flops(builder: Builder, node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]]) -> float:
-    """The FLOPs of an op between values of other shapes."""
-    known = {one: one.meta["val"] for one in shapes}
-    try:
-        for one, shape in shapes.items():
-            one.meta["val"] = torch.empty(shape, dtype=known[one].dtype, device="meta")
-        op = builder.view(node)
-        return 0.0 if op is None else op.flops
-    finally:
-        for one, value in known.items():
-            one.meta["val"] = value
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-# -- allocations within budgets ---------------------------------------------------------------------
-
 LEVELS = 9  # of every family to choose from at a time
 ROUNDS = 60
 CORRECTIONS = 4  # of the room that is left, in every round
@@ -381,7 +92,24 @@ def _uniform(ranked: Ranked, budgets: Sequence[Budget]) -> Vector:
             low = middle
         else:
             high = middle
-    return ranked.at(high)
+    return _filled(ranked, budgets, ranked.at(high))
+
+
+def _filled(ranked: Ranked, budgets: Sequence[Budget], stay: Vector) -> Vector:
+    """What is left of the budgets is used: of every family the best of what went comes back, the
+    most important first, where there is room for it. Families stay within one step of the ratio."""
+
+    def worth(family: int) -> float:
+        labels = ranked.families[family]
+        first = len(labels) - stay[family] - 1
+        return float(ranked.scores[labels[first]])
+
+    for family in sorted(np.flatnonzero(stay < ranked.sizes).tolist(), key=worth, reverse=True):
+        more = stay.copy()
+        more[family] = min(stay[family] + ranked.round_to, ranked.sizes[family])
+        if _over(ranked, budgets, more).max() <= 0:
+            stay = more
+    return stay
 
 
 def _milp(ranked: Ranked, budgets: Sequence[Budget], stay: Vector) -> Vector:
@@ -479,8 +207,6 @@ def _choose(
 
 # -- seconds ----------------------------------------------------------------------------------------
 
-RATIOS = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9)  # at which ops are measured
-SECONDS = 8.0  # that it takes to measure all ops, about, and two comparisons of whole models
 AIM = 0.96  # of the target, which is not to be exceeded
 TRIALS = 6
 
@@ -521,109 +247,3 @@ def _next_share(tried: list[tuple[float, float, Vector]], aim: float) -> float:
     slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
     new = x1 + (aim - y1) / slope if slope > 0.2 else x1 * aim / y1
     return float(np.clip(new, 0.5 * x1, min(2 * x1, 1.0)))
-
-
-def latency(ranked: Ranked, inputs: Sequence[Any]) -> Meter:
-    """Seconds: every op, measured at some ratios, is on a curve over its FLOPs, or over the elements
-    of its result where it has none."""
-    groups, axes, parts = ranked.groups, Axes(ranked.groups), {}
-    for node in groups.graph.calls:
-        if _is_tensor(node):
-            node.meta["part"] = node.name
-            size = float(np.prod([hint(one) for one in node.meta["val"].shape]))
-            powers = Counter(axes.of(groups.trace.labels[node]).values())
-            parts[node.name] = _arithmetic(groups, axes, node) or (size, powers)
-    meter = Meter(axes, list(parts.values()))
-    gone = [ranked.gone(ranked.at(ratio)) for ratio in RATIOS]
-    seconds = _measured([remove(groups, one) for one in gone], list(parts), inputs)
-    lost = np.concatenate([ranked.lost(one) for one in gone])
-    work = meter.parts(axes.logs(lost, range(len(axes.layers))))
-    order = np.argsort(work, 0, kind="stable")
-    rising = np.maximum.accumulate(np.take_along_axis(seconds, order, 0))
-    meter.curves = list(zip(np.take_along_axis(work, order, 0).T, rising.T, strict=True))
-    return meter
-
-
-def _measured(graphs: Sequence[Graph], parts: list[str], inputs: Sequence[Any]) -> Floats:
-    """Seconds of every part in every graph: medians over runs in turns. Medians do not add up: they
-    are scaled to the median of the whole run."""
-    runs = [_Timed(graph) for graph in graphs]
-    start = time.perf_counter()
-    found: list[list[list[float]]] = [[] for _ in runs]
-    while len(found[0]) < 3 or (len(found[0]) < 30 and time.perf_counter() - start < SECONDS):
-        for run, rows in zip(runs, found, strict=True):
-            run.seconds = dict.fromkeys(parts, 0.0)
-            with torch.no_grad():
-                run.run(inputs)
-            rows.append(list(run.seconds.values()))
-    times = np.array(found)  # graphs x runs x parts
-    medians = np.median(times, 1)
-    scaled: Floats = medians * (np.median(times.sum(2), 1) / medians.sum(1))[:, None]
-    return scaled
-
-
-class _Timed(Interpreter):
-    """Runs a graph, and remembers how long every part took."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph, writes=False)
-        self.seconds: dict[str, float] = {}
-
-    def call(self, node: fx.Node, env: Any) -> Any:
-        start = time.perf_counter()
-        value = super().call(node, env)
-        _synchronize(self.graph)
-        if (part := node.meta.get("part")) is not None:
-            self.seconds[part] += time.perf_counter() - start
-        return value
-
-
-def runner(graph: Graph, inputs: Sequence[Any]) -> Callable[[], None]:
-    """Runs a graph as generated code; what it writes to buffers is written to copies."""
-    states = {
-        name: state.tensor.detach() if state.kind == "parameter" else state.tensor.clone()
-        for name, state in graph.states.items()
-    }
-    module = fx.GraphModule(states, graph.clone().fx)
-
-    def run() -> None:
-        with torch.no_grad():
-            module(*inputs)
-            _synchronize(graph)
-
-    return run
-
-
-def _synchronize(graph: Graph) -> None:
-    if graph.device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def compared(source: Callable[[], None], other: Callable[[], None]) -> float:
-    """The median of the time of `other` over that of `source`, one measured right after the other."""
-    found: list[float] = []
-    source()
-    other()
-    start = time.perf_counter()
-    while len(found) < 7 or (len(found) < 100 and time.perf_counter() - start < SECONDS / 2):
-        times = []
-        for run in (source, other):
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-        found.append(times[1] / times[0])
-    return statistics.median(found)
-
-
-def example(graph: Graph) -> list[Any]:
-    """Inputs of the sizes that the graph was traced with: normal numbers, or zeros for integers."""
-    generator, found = torch.Generator().manual_seed(0), []
-    for node, constant in zip(graph.inputs, graph.signature.inputs, strict=True):
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            shape = [hint(size) for size in value.shape]
-            drawn = torch.randn(shape, generator=generator) * value.dtype.is_floating_point
-            found.append(drawn.to(value.device, value.dtype))
-        else:
-            found.append(constant)
-    return found

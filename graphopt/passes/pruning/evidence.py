@@ -18,6 +18,7 @@ from graphopt.ir.channels.labels import FIXED, Layers
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call
 from graphopt.ir.interpret import Interpreter
+from graphopt.ir.ops.base import hint
 
 Scores = NDArray[np.float64]  # one for every label
 Loss = Callable[[Any, Any], Tensor]
@@ -209,3 +210,17 @@ def mean_of(found: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         for name, value in one.items():
             total[name] = total[name] + value if name in total else value
     return {name: value / count for name, value in total.items()}
+
+
+def example(graph: Graph) -> list[Any]:
+    """Inputs of the sizes that the graph was traced with: normal numbers, or zeros for integers."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for node, constant in zip(graph.inputs, graph.signature.inputs, strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            shape = [hint(size) for size in value.shape]
+            drawn = torch.randn(shape, generator=generator) * value.dtype.is_floating_point
+            found.append(drawn.to(value.device, value.dtype))
+        else:
+            found.append(constant)
+    return found
