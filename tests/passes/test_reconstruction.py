@@ -24,16 +24,12 @@ from graphopt.ir.channels import Groups
 from graphopt.ir.channels.remove import remove
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter
-from graphopt.passes.pruning import reconstruction
+from graphopt.passes.pruning import from_data
 from graphopt.passes.pruning.evidence import Evidence, EvidenceError
-from graphopt.passes.pruning.reconstruction import (
-    RECONSTRUCTION,
-    bias_correction,
-    data_free,
-    least_squares,
-    optimal_transport,
-    untouched,
-)
+from graphopt.passes.pruning.from_data import bias_correction, least_squares
+from graphopt.passes.pruning.from_parameters import data_free, optimal_transport
+from graphopt.passes.pruning.maps import untouched
+from graphopt.passes.pruning.reconstruction import RECONSTRUCTION
 from tests.helpers import Net, assert_equal, prepare, relative_error, tensor
 
 CLOSE = 1e-8
@@ -322,7 +318,7 @@ def test_data_is_summed_part_by_part(monkeypatch: pytest.MonkeyPatch, batched: b
     groups = found(model, tensor(*IMAGE))
     gone, evidence = labels(groups, AWAY), Evidence(groups, [(tensor(*IMAGE), None)])
     expected = least_squares(evidence, gone)
-    monkeypatch.setattr(reconstruction, "PART", 1)
+    monkeypatch.setattr(from_data, "PART", 1)
     for name, value in least_squares(evidence, gone).items():
         assert_equal(value, expected[name], CLOSE)
 
