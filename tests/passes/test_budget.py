@@ -161,7 +161,10 @@ def test_milp_is_near_the_best_of_all_allocations(widths: tuple[int, ...], seed:
 
     def kept(stay: Any) -> float:
         scores = [np.sort(one.scores[one.families[family]])[::-1] for family in order]
-        return sum(found[:count].sum() for found, count in zip(scores, stay, strict=True))
+        parts = [
+            found[:count].sum() / found.sum() for found, count in zip(scores, stay, strict=True)
+        ]
+        return float(np.prod(parts))
 
     limit = 0.5 * flops(widths)
     choices = itertools.product(*(range(1, width + 1) for width in widths))
@@ -171,11 +174,11 @@ def test_milp_is_near_the_best_of_all_allocations(widths: tuple[int, ...], seed:
     )
     assert flops(milp) <= limit
     assert kept(uniform) <= kept(milp) <= best + 1e-9
-    assert kept(milp) >= 0.98 * best
+    assert kept(milp) >= 0.93 * best
 
 
-def test_milp_takes_what_costs_much_and_matters_little() -> None:
-    """Equal scores: the family whose channels cost most goes first, down to `max_ratio`."""
+def test_milp_takes_what_costs_much_but_empties_no_family() -> None:
+    """Equal scores: most goes of the family whose channels cost most, down to `max_ratio`."""
     model, x = chain(16, 16, 64), torch.randn(2, 3, 4, 4).double()
 
     def equal(evidence: Evidence) -> Any:
@@ -188,9 +191,8 @@ def test_milp_takes_what_costs_much_and_matters_little() -> None:
 
     # Of 3*16 + 16*16 + 16*64 + 64*5 products, a channel of the second is in 80, of the last in 21.
     free = milp()
-    assert free["1.weight"] < 8 and free["2.weight"] > 48
-    bound = milp(max_ratio=0.5)
-    assert bound["1.weight"] == 8 and sum(bound.values()) < sum(free.values())
+    assert free == {"0.weight": 16, "1.weight": 10, "2.weight": 41}  # the best of all
+    assert milp(max_ratio=0.36)["1.weight"] == 11
     assert all(count % 6 == 0 or count in (16, 64) for count in milp(round_to=6).values())
 
 

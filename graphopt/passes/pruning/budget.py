@@ -4,9 +4,11 @@ A budget is a fraction of what the source costs, in FLOPs, parameters or seconds
 go in the order of their importance, so an allocation is one number for each family. It is
 
     uniform   the one with the smallest ratio that keeps to the budgets, with what there is room for, or
-    milp      max sum_f I_f(k_f)  subject to  C(k) <= limit,  k_f groups of family f staying,
+    milp      max prod_f S_f(k_f)  subject to  C(k) <= limit,  k_f groups of family f staying,
 
-a knapsack with a choice of levels for every family (as in HALP, arXiv 2110.10811). C is no sum over
+with S_f the part of the importance of f that stays, since what one layer loses the next cannot give
+back: a sum over families would empty the expensive ones. In logarithms it is a knapsack with a choice of
+levels for every family (as in HALP, arXiv 2110.10811, whose worth is a sum). C is no sum over
 families, since a layer costs the product of two widths: around an allocation it is taken for
 C(k) + sum_f (C(k with k_f changed) - C(k)). What comes out is counted anew; where it exceeds the
 budgets, less room is left and the programme solved again, and at last over levels nearer to k.
@@ -141,10 +143,7 @@ def _step(
     costs = [
         _costs(ranked, one, stay, levels, near) for one, near in zip(budgets, touched, strict=True)
     ]
-    worth = [
-        np.append(0.0, ranked.scores[labels[::-1]].cumsum())[some]
-        for labels, some in zip(ranked.families, levels, strict=True)
-    ]
+    worth = [shares[some] for shares, some in zip(ranked.shares, levels, strict=True)]
     best, room = stay, -_over(ranked, budgets, stay)
     for _ in range(CORRECTIONS):
         new = _choose(levels, worth, costs, room)

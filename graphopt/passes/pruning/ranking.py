@@ -8,17 +8,19 @@ import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from graphopt.ir.channels import Group, Groups
 from graphopt.ir.channels.labels import Vector
-from graphopt.ir.channels.meters import Lost
+from graphopt.ir.channels.meters import Floats, Lost
 from graphopt.passes.base import PassError
 from graphopt.passes.pruning.evidence import Scores
 
 SCOPES = ("local", "global", "isomorphic")
+TINY = 1e-9  # the part of the importance of a family that stays, at least, as a factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Ranked:
     """The groups that may go: the labels of every family, the least important first.
 
     `classes` are the families whose groups are compared with one another; `scores` are in units of
-    a mean, so that sums over families mean something. An allocation, `stay`, has the number of
+    a mean over these. An allocation, `stay`, has the number of
     groups that stay for every family: a multiple of `round_to`, and `least` or more.
     """
 
@@ -71,12 +73,20 @@ class Ranked:
         found[0, list(gone)] = True
         return found
 
+    @cached_property
+    def shares(self) -> list[Floats]:
+        """For every family and number of groups that stay, the logarithm of their part of its
+        importance."""
+        found = []
+        for labels in self.families:
+            scores = np.maximum(self.scores[labels[::-1]], 0.0)
+            parts = np.append(0.0, scores.cumsum()) / (scores.sum() or 1.0)
+            found.append(np.log(np.maximum(parts, TINY)))
+        return found
+
     def importance(self, stay: Vector) -> float:
-        """The sum of the scores of what stays."""
-        pairs = zip(self.families, stay, strict=True)
-        return float(
-            sum(self.scores[labels[len(labels) - count :]].sum() for labels, count in pairs)
-        )
+        """The logarithm of the product over families of the part of the importance that stays."""
+        return float(sum(one[count] for one, count in zip(self.shares, stay, strict=True)))
 
 
 def rank(
