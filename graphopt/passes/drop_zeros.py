@@ -1,6 +1,6 @@
 """Terms that are zero whatever the input is go away.
 
-    y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y
+    y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y,        y + f(0 x)  =  y  where f(0) = 0
 
 A branch whose last map, gate or scale is zero in this very model: an adapter that was switched off, a
 block that was inserted as the identity (LLaMA-Pro, arXiv 2401.02415), layers pruned to zero. The values
@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphopt.ir import ops
 from graphopt.ir.affine import same_shape
@@ -57,6 +58,18 @@ class DropZeros(Pass):
                 builder.rollback()
 
 
+def _is_real(value: Value) -> bool:
+    return value.dtype.is_floating_point and not value.is_constant
+
+
+def _of_zero(node: fx.Node) -> float:
+    """What an op of one operand makes of zero."""
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda one: torch.zeros(1, dtype=one.meta["val"].dtype)
+    )
+    return float(node.target(*args, **kwargs))  # type: ignore[operator]
+
+
 class _Zeros:
     """Which values are zero for every input; a state is looked at once."""
 
@@ -76,8 +89,16 @@ class _Zeros:
                 return True, None
             return True, bias.reshape(-1, *(1,) * op.rank) if isinstance(op, ops.Conv) else bias
         if isinstance(op, ops.Mul):
-            return self._vanishes(op.left) or self._vanishes(op.right), None
+            sides = op.left, op.right
+            return any(map(self._vanishes, sides)) or (None in map(self._zero_bias, sides)), None
+        if isinstance(op, ops.Unary) and _is_real(op.input) and _of_zero(value.node) == 0:
+            return self._zero_bias(op.input) is None, None
         return False, None
+
+    def _zero_bias(self, value: Any) -> Any:
+        """None for what is zero with no bias."""
+        found, bias = self.is_zero(value)
+        return bias if found else False
 
     def _vanishes(self, operand: Any) -> bool:
         if not isinstance(operand, Value):

@@ -76,6 +76,21 @@ def net_with_tail(model: nn.Module) -> nn.Module:
     return nn.Sequential(model, nn.Tanh()).double().eval()
 
 
+def test_what_a_zero_stays_zero_in() -> None:
+    """f(0) = 0 for relu, gelu and tanh, and a product with a zero; not for a sigmoid."""
+    model = net(
+        lambda net, x: net.main(x) + (net.up(net.down(x)).relu() * net.main(x).sigmoid()).tanh()
+    )
+    zeroed(model.up)
+    leaves(model, "linear")
+    model = net(lambda net, x: net.main(x) + net.up(net.down(x)).sigmoid())
+    zeroed(model.up)
+    leaves(model, "linear linear linear sigmoid add")
+    model = net(lambda net, x: net.main(x) + net.up(net.down(x)).relu())
+    zeroed(model.up, bias=False)  # relu(b) is not zero
+    leaves(model, "linear linear linear relu add")
+
+
 def test_a_convolution() -> None:
     model = prepare(Net(lambda net, x: net.a(x) + net.b(x.relu()), a=nn.Conv2d(4, 4, 3, padding=1),
                         b=nn.Conv2d(4, 4, 1)))  # fmt: skip

@@ -10,6 +10,7 @@ whatever the kernel, stride and padding are. Plain removal has M_ik = 1 where i 
     least-squares      M from activations, map after map, on what is left of the data there; what a tap of a
                        kernel sees of a channel counts as a channel
     bias-correction    M of plain removal; the mean of y restored by b
+    constants          M of plain removal; channels that do not depend on the input go into b, exactly
     data-free          M from the parameters that write the channels
     optimal-transport  M from a transport plan between these parameters, which are fused by the same plan
 
@@ -25,6 +26,7 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor
 
+from graphopt.passes.pruning.constants import constants
 from graphopt.passes.pruning.evidence import Evidence
 from graphopt.passes.pruning.from_data import bias_correction, least_squares
 from graphopt.passes.pruning.from_parameters import data_free, optimal_transport
@@ -34,6 +36,7 @@ Reconstruction = Callable[[Evidence, Collection[int]], dict[str, Tensor]]
 RECONSTRUCTION: dict[str, Reconstruction] = {
     "least-squares": least_squares,
     "bias-correction": bias_correction,
+    "constants": constants,
     "data-free": data_free,
     "optimal-transport": optimal_transport,
 }
