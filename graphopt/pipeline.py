@@ -35,7 +35,7 @@ from graphopt.sources import SourceError, import_object
 PRESETS = {
     "tune": "canonicalize,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
-    "multiply-out,canonicalize",
+    "multiply-out,fold-thresholds,canonicalize",
     "deploy": "tune,drop-zeros,stack-siblings,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")

@@ -1,4 +1,4 @@
-"""Terms that are zero whatever the input is go away.
+"""Terms that are zero whatever the input is go away, and factors that are one.
 
     y + (0 x + b)  =  y + b,        y + 0 * f(x)  =  y,        y + f(0 x)  =  y  where f(0) = 0
 
@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.ir import ops
 from graphopt.ir.affine import same_shape
 from graphopt.ir.builder import Builder
-from graphopt.ir.contracts import Algebraic
+from graphopt.ir.contracts import Algebraic, Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator
@@ -29,7 +29,7 @@ from graphopt.passes.base import Pass
 
 @dataclasses.dataclass(frozen=True)
 class DropZeros(Pass):
-    """Branches whose last map or scale is zero are dropped from sums."""
+    """Branches whose last map or scale is zero are dropped from sums, scales of one from products."""
 
     name = "drop-zeros"
 
@@ -38,6 +38,8 @@ class DropZeros(Pass):
         for node in graph.calls:
             builder = Builder(graph, node)
             op = None if node._erased else builder.view(node)
+            if isinstance(op, ops.Mul) and not op.out.is_constant:
+                self._without_ones(session, op, zeros)
             if not isinstance(op, (ops.Add, ops.Sub)) or op.out.is_constant:
                 continue
             sides = [(op.right, op.left)] + [(op.left, op.right)] * isinstance(op, ops.Add)
@@ -56,6 +58,15 @@ class DropZeros(Pass):
                     session.erase_dead([node])
                     break
                 builder.rollback()
+
+    def _without_ones(self, session: Session, op: ops.Mul, zeros: _Zeros) -> None:
+        for rest, factor in ((op.left, op.right), (op.right, op.left)):
+            if not isinstance(rest, Value) or not zeros.is_one(factor):
+                continue
+            if rest.dtype == op.out.dtype and same_shape(rest.shape, op.out.shape):
+                if session.replace("drop-zeros", Exact(), op.out.node, rest.node):
+                    session.erase_dead([op.out.node])
+                return
 
 
 def _is_real(value: Value) -> bool:
@@ -99,6 +110,16 @@ class _Zeros:
         """None for what is zero with no bias."""
         found, bias = self.is_zero(value)
         return bias if found else False
+
+    def is_one(self, value: Any) -> bool:
+        """Whether a parameter, or an expression of parameters, is one everywhere."""
+        if (
+            not isinstance(value, Value)
+            or not value.is_constant
+            or not value.dtype.is_floating_point
+        ):
+            return False
+        return bool((torch.as_tensor(self._evaluator.evaluate(value.node)) == 1).all())
 
     def _vanishes(self, operand: Any) -> bool:
         if not isinstance(operand, Value):

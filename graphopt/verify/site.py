@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt.ir import ops
+from graphopt.ir.builder import Builder
 from graphopt.ir.channels import Groups
 from graphopt.ir.contracts import Contract, Exact
 from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
+from graphopt.ir.value import Value
 from graphopt.verify.bounds import Site
+from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
 from graphopt.verify.model import relative_error
 
@@ -44,15 +48,24 @@ class SiteValidator:
 
     def check_masked(self, groups: Groups, gone: Collection[int], result: Graph) -> Verdict:
         """Compare a graph without some channel groups with the masked graph of `groups`."""
-        with torch.no_grad():
-            truth = Masked(groups, gone).run(self.inputs)
-            try:
-                found = Interpreter(result, lifted=True, writes=False).run(self.inputs)
-            except RuntimeError as failure:
-                said = " ".join(str(failure).split())
-                return Verdict(False, reason=f"it does not run: {said}")
+        return self._check_against(Masked(groups, gone), result, "masked model")
+
+    def check_bypassed(
+        self, source: Graph, instead: Mapping[fx.Node, fx.Node], result: Graph
+    ) -> Verdict:
+        """Compare a graph without some layers with `source`, where values take the place of others."""
+        return self._check_against(Bypassed(source, instead), result, "model with layers bypassed")
+
+    @torch.no_grad()
+    def _check_against(self, reference: Interpreter, result: Graph, name: str) -> Verdict:
+        truth = reference.run(self.inputs)
+        try:
+            found = Interpreter(result, lifted=True, writes=False).run(self.inputs)
+        except RuntimeError as failure:
+            said = " ".join(str(failure).split())
+            return Verdict(False, reason=f"it does not run: {said}")
         error = relative_error(found, truth)
-        reason = "" if error <= MASKED_LIMIT else f"differs from the masked model by {error:.1e}"
+        reason = "" if error <= MASKED_LIMIT else f"differs from the {name} by {error:.1e}"
         return Verdict(not reason, error, MASKED_LIMIT, reason)
 
     # -- sites --------------------------------------------------------------------------------
@@ -113,6 +126,8 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     left, right = _leaves(site.values[old]), _leaves(site.values[new])
     if all(bitwise_equal(a, b) for a, b in zip(left, right, strict=True)):
         return Verdict(True, 0.0, 0.0)
+    if all(one.dtype is torch.bool for one in (*left, *right)):
+        return _compare_choices(site, old, new)
     tolerances = site.tolerance(old), site.tolerance(new)
     if tolerances[0] is None or tolerances[1] is None:
         return Verdict(False, reason=f"no rounding bound is known for {site.unknown}")
@@ -139,6 +154,36 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
         if not ok:
             return worst
     return worst
+
+
+def _compare_choices(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
+    """Whether two comparisons differ only where one of them is within rounding of a tie."""
+    differ = site.values[old] != site.values[new]
+    tied = _ties(site, old) | _ties(site, new)
+    count = int(differ.sum())
+    if bool((differ & ~tied).any()):
+        return Verdict(
+            False, reason=f"{count} of {differ.numel()} comparisons differ, not all are ties"
+        )
+    return Verdict(
+        True, 0.0, 0.0, f"{count} of {differ.numel()} comparisons are ties that rounding decides"
+    )
+
+
+def _ties(site: Site, node: fx.Node) -> torch.Tensor:
+    """Where both sides of a comparison are equal up to their rounding bounds."""
+    op = Builder(site.graph, node).view(node)
+    found = torch.zeros_like(site.values[node])
+    if isinstance(op, ops.Compare):
+        sides = [one for one in (op.left, op.right) if isinstance(one, Value)]
+        bounds = [site.tolerance(one.node) for one in sides]
+        if all(one is not None for one in bounds):
+            left, right = (
+                site.values[one.node] if isinstance(one, Value) else torch.as_tensor(one)
+                for one in (op.left, op.right)
+            )
+            found = (left - right).abs() <= sum(bounds)
+    return found
 
 
 def cut(old: fx.Node, new: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -67,7 +67,7 @@ class Fork(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Sigmoid, nn.Hardswish])
+@pytest.mark.parametrize("act", [nn.GELU, nn.Sigmoid])
 @pytest.mark.parametrize("behind", BEHIND)
 def test_a_norm_of_scale_zero_is_its_shift(behind: str, act: Callable[[], nn.Module]) -> None:
     model, x = net(BEHIND[behind], act), torch.randn(IMAGE).double()

@@ -119,3 +119,16 @@ def test_a_sum_that_widens_its_dtype_stays() -> None:
     model = net(lambda net, x: net.main(x).float() + net.up(net.down(x).relu()))
     zeroed(model.up)
     leaves(model, "linear to linear relu linear add")
+
+
+def test_a_scale_of_one() -> None:
+    """On either side; not where it broadcasts, nor one that is not one everywhere."""
+    model = net(
+        lambda net, x: (net.scale * net.main(x)).relu() * net.scale,
+        scale=nn.Parameter(torch.ones(8)),
+    )
+    leaves(model, "linear relu")
+    model.scale.data[3] = -1.0
+    leaves(model, "linear mul relu mul")
+    wide = net(lambda net, x: net.main(x)[..., :1] * net.scale, scale=nn.Parameter(torch.ones(8)))
+    leaves(wide, "linear slice mul")

@@ -54,6 +54,7 @@ def proved(rule: Any, depth: int = 1, seconds: float = 100.0) -> Proof:
 TESTED_INSTEAD = {
     "collect-terms": "passes/test_collect_terms.py",
     "gather-terms": "passes/test_collect_terms.py",
+    "fold-threshold": "passes/test_fold_thresholds.py",
     "merge-region": "ir/test_linearity.py",
 }
 

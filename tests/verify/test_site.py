@@ -13,9 +13,11 @@ from torch import nn
 
 import graphopt
 from graphopt.ir import ops
+from graphopt.ir.capture import capture
+from graphopt.ir.driver import Session
 from graphopt.ir.ops import times
 from graphopt.ir.rewrite import Rewriter
-from graphopt.verify.site import cut
+from graphopt.verify.site import SiteValidator, cut
 
 
 def fold(norm: ops.BatchNorm, rw: Rewriter, *, eps: float | None = None, center: bool = True,
@@ -147,3 +149,24 @@ def test_values_that_underflow_are_compared_absolutely():
     x = 1e-318 * torch.randn(2, 8, 6, 6, dtype=torch.float64)
     report = graphopt.optimize(model, (x,)).report
     assert report.after.batch_norms == 0 and not report.rolled_back
+
+
+class Compared(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (0.7 * x >= 2.1).to(x.dtype) - x  # in float64, 0.7 * 3 < 2.1
+
+
+@pytest.mark.parametrize(("threshold", "passes"), [(3.0, True), (2.95, False)])
+def test_comparisons_may_differ_where_rounding_decides_a_tie(threshold, passes):
+    @graphopt.rewrite
+    def divide(compare: ops.Compare, rw: Rewriter):
+        product = rw.producer(compare.left, ops.Mul)
+        value = product.left if isinstance(product.right, float) else product.right
+        return rw.emit(ops.Compare(value, threshold, compare.relation))
+
+    x = torch.tensor([1.0, 2.96, 3.0, 4.0], dtype=torch.float64)
+    graph = capture(Compared(), (x,), {}).graph
+    session = Session(graph, SiteValidator(graph, [x]))
+    session.run([divide])
+    (record,) = session.applied if passes else session.rolled_back
+    assert ("1 of 4" if passes else "2 of 4") in record.reason
