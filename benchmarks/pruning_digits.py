@@ -27,6 +27,7 @@ import typer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import graphopt
 from benchmarks.training_sparsity import accuracy, data, network, train
 from graphopt.ir.capture import capture
 from graphopt.ir.channels import find_groups
@@ -205,13 +206,16 @@ class Ours:
 
     def prune(self, run: Run, level: float) -> nn.Module:
         scores = self.score(run.importance)
+        options: dict[str, Any] = {
+            "target_flops": level, "importance": lambda _: scores.copy(), "scope": run.scope,
+            "allocation": run.allocation, "reconstruct": run.reconstruct, "data": self.data,
+            "loss": nn.functional.cross_entropy,
+        }  # fmt: skip
+        if run.mode == "train":  # as modules, whose norms can be told to
+            return graphopt.prune_module(self.case.model, self.case.x[:2], **options)
         graph = self.graph.clone()
         session = Session(graph, SiteValidator(graph, [self.case.x[:2]]))
-        Prune(
-            target_flops=level, importance=lambda _: scores.copy(), scope=run.scope,
-            allocation=run.allocation, reconstruct=run.reconstruct, data=self.data,
-            loss=nn.functional.cross_entropy,
-        ).run(session)  # fmt: skip
+        Prune(**options).run(session)
         wrong = [*session.rolled_back, *session.refused.values()]
         if wrong or not session.applied:
             print(f"  {run}: {[f'{one.rewrite}: {one.reason}' for one in wrong]}", flush=True)
@@ -316,6 +320,8 @@ def plan(kind: str, best: str) -> Iterator[Run]:
     if kind == "resnet":
         for scope in ("local", "global"):
             yield Run("theirs", "magnitude", scope, mode="train")
+            yield Run("ours", "l2", scope, mode="train")
+            yield Run("ours", "l2", scope, reconstruct="least-squares", mode="train")
 
 
 def run_of(row: dict[str, Any]) -> Run:

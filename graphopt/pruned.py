@@ -60,7 +60,7 @@ def prune_module(
 def _resize(
     path: str, module: nn.Module, states: Mapping[str, Tensor], shared: dict[int, Tensor]
 ) -> None:
-    """Take over the tensors of one module, and set what it says of their sizes."""
+    """Take over the tensors of one module that are others, and set what it says of their sizes."""
     before = {}
     homes: tuple[dict[str, Any], ...] = module._parameters, module._buffers
     for home in homes:
@@ -68,7 +68,7 @@ def _resize(
             new = states.get(f"{path}.{name}" if path else name)
             if old is not None and id(old) in shared:  # tied
                 home[name] = shared[id(old)]
-            elif old is not None and new is not None and old.shape != new.shape:
+            elif old is not None and new is not None and not torch.equal(old, new):
                 taken: Tensor = new.detach().clone()
                 if isinstance(old, nn.Parameter):
                     taken = nn.Parameter(taken, requires_grad=old.requires_grad)

@@ -64,6 +64,21 @@ def test_it_is_the_pruned_graph_as_modules(name: str) -> None:
         assert torch.equal(value, before[key])
 
 
+def test_what_reconstruction_changes_is_taken_over() -> None:
+    """Weights and statistics of sizes that stay, too."""
+    model = prepare(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False),
+                      nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 5))
+    )  # fmt: skip
+    data = [((torch.randn_like(IMAGE),), None)]
+    options = {"protect": "5.*", "reconstruct": "least-squares", "data": data}
+    small = graphopt.prune_module(model, IMAGE, **options)
+    plain = graphopt.prune_module(model, IMAGE, protect="5.*")
+    assert small[3].running_mean.shape == (4,)  # type: ignore[union-attr]
+    x = data[0][0][0]
+    assert (small(x) - model(x)).norm() < (plain(x) - model(x)).norm()
+
+
 def test_layers_tell_their_new_sizes() -> None:
     small = graphopt.prune_module(prepare(convolutions()), IMAGE, importance="random")
     assert (small.first.out_channels, small.norm.num_features) == (4, 4)
