@@ -12,10 +12,8 @@ under a `max_error`, `Calibrated` beside.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
+import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -27,7 +25,12 @@ from graphopt.ir.contracts import Calibrated, Contract, Masked
 from graphopt.ir.driver import Record, Session, Validator, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.passes.base import Pass, PassError
-from graphopt.passes.pruning.depth import CannotDrop, Measures, Shorter, feature_axis, without
+from graphopt.passes.pruning.depth import (
+    Measures,
+    feature_axis,
+    protected,
+    without,
+)
 from graphopt.passes.pruning.evidence import EvidenceError, Loss
 
 RATIO = 0.25  # where nothing else is said
@@ -70,15 +73,9 @@ class DropLayers(Pass):
     # Whether what goes is one run of consecutive blocks, and not one block at a time, each measured with
     # those before it gone; None: where that is the method's own way, for similarity.
     contiguous: bool | None = None
-    position: float = (
-        0.0  # by how much late blocks go rather than early ones: scores + p depth |scores|
-    )
-    max_error: float | None = (
-        None  # of the outputs on the data, relative; or of the loss, its increase
-    )
-    protect: str | Sequence[str] = (
-        ""  # patterns of parameters whose blocks stay, as in "head.*;h.0.*"
-    )
+    position: float = 0.0  # p: late blocks go rather than early ones, scores + p depth |scores|
+    max_error: float | None = None  # of the outputs on the data, relative; or increase of the loss
+    protect: str | Sequence[str] = ""  # patterns of parameters whose blocks stay, "head.*;h.0.*"
     seed: int = 0
     # Batches (inputs, target), and loss(output, target), a scalar; targets are for the loss alone:
     data: Sequence[tuple[Any, Any]] = dataclasses.field(default=(), repr=False)
@@ -87,8 +84,8 @@ class DropLayers(Pass):
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise PassError(f"drop-layers: ratio is {self.ratio}, expected 0 <= ratio <= 1")
-        if self.count is not None and self.count < 0:
-            raise PassError(f"drop-layers: count is {self.count}, expected at least 0")
+        if self.count is not None and self.count < 1:
+            raise PassError(f"drop-layers: count is {self.count}, expected at least 1")
         if self.ratio is not None and self.count is not None:
             raise PassError("drop-layers: ratio and count are given, expected one of them")
         for what, known in (("unit", UNITS), ("importance", IMPORTANCE)):
@@ -109,29 +106,27 @@ class DropLayers(Pass):
             self._run(session)
         except EvidenceError as error:
             raise PassError(f"drop-layers: {error}") from error
-        except CannotDrop as error:
-            self._refuse(session, session.graph.output, str(error))
 
     def _run(self, session: Session) -> None:
         source = session.graph
         measures = Measures(source, self.data, self.loss)
         if self.importance != "random" or self.max_error is not None:
             next(measures.batches(self.importance if self.max_error is None else "max_error"))
-        streams = find_streams(source)
-        for step in (step for stream in streams for step in stream.steps if step.reason):
-            self._refuse(session, step.sum, step.reason)
-        candidates = self._candidates(streams, protected(source, str(self.protect)))
+        candidates = self._candidates(session)
         number = self._number(len(candidates))
         if not candidates:
             self._refuse(session, source.output, "there is no block that may go")
         elif not number:
-            given = f"{RATIO if self.ratio is None else self.ratio} of {len(candidates)} blocks"
-            self._refuse(session, source.output, f"{given} is less than one")
-        if not candidates or not number:
+            asked = RATIO if self.ratio is None else self.ratio
+            reason = f"ratio={asked} of {len(candidates)} blocks is less than one"
+            self._refuse(session, source.output, reason)
+        if not number:
             return
         gone, error = self._chosen(candidates, number, measures)
         if not gone:
-            self._refuse(session, source.output, f"any block exceeds max_error={self.max_error}")
+            self._refuse(
+                session, source.output, f"the first block exceeds max_error={self.max_error}"
+            )
             return
         result = without(source, _steps(gone)).graph
         contract: Contract = (
@@ -155,18 +150,21 @@ class DropLayers(Pass):
 
     # -- which may go -----------------------------------------------------------------------------
 
-    def _candidates(self, streams: Iterable[Stream], kept: set[str]) -> list[Candidate]:
-        found = [
-            Candidate(block, stream, place, 0.0)
-            for stream in streams
-            for place, block in enumerate(stream.blocks(1 if self.unit == "step" else None))
-            if not block.reason and not kept & block.parameters
-        ]
+    def _candidates(self, session: Session) -> list[Candidate]:
+        """The blocks that may go, in graph order; of the steps that may not, reasons are recorded."""
+        source, found = session.graph, []
+        kept = protected(source, str(self.protect))
+        for stream in find_streams(source):
+            for step in stream.steps:
+                if step.reason:
+                    self._refuse(session, step.sum, step.reason)
+            for place, block in enumerate(stream.blocks(1 if self.unit == "step" else None)):
+                if not block.reason and not kept & block.parameters:
+                    found.append(Candidate(block, stream, place, 0.0))
         found.sort(key=lambda one: one.block.steps[0].sum)
         last = max(len(found) - 1, 1)
         return [
-            dataclasses.replace(one, depth=(len(found) - 1 - number) / last)
-            for number, one in enumerate(found)
+            dataclasses.replace(one, depth=1 - number / last) for number, one in enumerate(found)
         ]
 
     def _number(self, able: int) -> int:
@@ -196,22 +194,15 @@ class DropLayers(Pass):
         self, candidates: Sequence[Candidate], number: int, measures: Measures, scores: Scores
     ) -> tuple[Run, float]:
         """The best run of so many, or, under a limit, of the most that keep to it."""
-        longest = 0
-        for size in range(number, 0, -1):
-            runs = list(_runs(candidates, size))
-            if runs:
-                longest = max(longest, size)
+        for size in [number] if self.max_error is None else range(number, 0, -1):
+            if runs := list(_runs(candidates, size)):
                 best = self._best(runs, scores((), runs))
                 error = self._error(measures, best)
-                if longest == number or self.max_error is not None:
-                    if error <= self._limit:
-                        return best, error
-                    if self.max_error is not None:
-                        continue
-                break
+                if error <= self._limit:
+                    return best, error
         if self.max_error is None:
             raise PassError(
-                f"drop-layers: no stream has {number} consecutive blocks that may go, {longest} at most; "
+                f"drop-layers: no stream has {number} consecutive blocks that may go; "
                 "contiguous=false takes them one by one"
             )
         return (), 0.0
@@ -264,8 +255,8 @@ class DropLayers(Pass):
         axes = {one: feature_axis(source, one.block) for one in candidates}
 
         def similarity(gone: Run, runs: Sequence[Run]) -> list[float]:
-            now: Shorter = without(source, _steps(gone))
-            pairs = [(now.twins[run[0].block.start], now.twins[run[-1].block.end]) for run in runs]
+            now = without(source, _steps(gone))
+            pairs = [(now.value(run[0].block.start), now.value(run[-1].block.end)) for run in runs]
             return measures.distances(now.graph, pairs, [axes[run[0]] for run in runs])
 
         return similarity
@@ -290,26 +281,8 @@ def names(graph: Graph, gone: Run) -> str:
     found = []
     for one in sorted(gone, key=lambda one: one.block.steps[0].sum):
         places = [graph.where(step.sum).split(".") for step in one.block.steps]
-        common = [a[0] for a in zip(*places, strict=False) if len(set(a)) == 1]
-        steps = "+".join(step.sum.name for step in one.block.steps)
-        found.append(f"{'.'.join(common)} ({steps})" if any(common) else steps)
+        common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*places, strict=False))
+        where = ".".join(parts[0] for parts in common)
+        sums = "+".join(step.sum.name for step in one.block.steps)
+        found.append(f"{where} ({sums})" if where else sums)
     return ", ".join(found)
-
-
-def protected(graph: Graph, patterns: str) -> set[str]:
-    """The parameters that match any of some patterns, `head.*;stem.*` or `head.*|stem.*`.
-
-    Raises:
-        PassError: for a pattern without a match, with the name that is nearest to it.
-    """
-    known = {name: name for name, state in graph.states.items() if state.kind == "parameter"}
-    known |= {name: twin for name, twin in graph.aliases.items() if twin in known}
-    found: set[str] = set()
-    for pattern in filter(None, map(str.strip, re.split(r"[|;]", patterns))):
-        matches = fnmatch.filter(known, pattern)
-        if not matches:
-            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
-            nearest = f"; the nearest is {near[0]}" if near else ""
-            raise PassError(f"drop-layers: protect={pattern!r} matches no parameter{nearest}")
-        found |= {known[name] for name in matches}
-    return found

@@ -1,10 +1,13 @@
-"""Graphs without some of their steps, and how much the values and outputs of a model change with it."""
+"""Graphs without some of their steps, and how much a model changes with it."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +22,10 @@ from graphopt.ir.driver import shared_memory
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call
 from graphopt.ir.interpret import Interpreter
+from graphopt.passes.base import PassError
 from graphopt.passes.pruning.evidence import EvidenceError, Loss
 
 Pair = tuple[fx.Node, fx.Node]
-
-
-class CannotDrop(RuntimeError):
-    """A graph does not work without a step."""
 
 
 # -- the graph without some steps -------------------------------------------------------------------
@@ -33,55 +33,82 @@ class CannotDrop(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Shorter:
-    """A graph without some steps of `source`; `twins` are the nodes that stand for those of the source,
-    the start of a step for its end."""
+    """A graph without some steps of a source, whose nodes have `twins` in it; `instead` has the start of
+    a step for its end."""
 
     graph: Graph
     twins: dict[fx.Node, fx.Node]
+    instead: dict[fx.Node, fx.Node]
 
     def has(self, block: Block) -> bool:
         return not any(self.twins[one.sum]._erased for one in block.steps)
 
+    def value(self, node: fx.Node) -> fx.Node:
+        """What stands for a value of the source."""
+        twin = self.twins[node]
+        while twin in self.instead:
+            twin = self.instead[twin]
+        return twin
 
-def without(source: Graph, steps: Iterable[Step]) -> Shorter:
-    """Another graph, with the start of every step in place of its end; what nobody reads then is gone.
 
-    Raises:
-        CannotDrop: if an op cannot read a start, whose layout in memory is another one.
-    """
+def without(source: Graph, steps: Sequence[Step]) -> Shorter:
+    """Another graph, with the start of every step in place of its end; what nobody reads then is gone."""
     graph = source.clone()
-    twins = dict(zip(source.fx.nodes, graph.fx.nodes, strict=True))
-    position = {node: number for number, node in enumerate(source.fx.nodes)}
-    moved = False
-    for step in sorted(steps, key=lambda one: position[one.end]):
-        start, end = twins[step.start], twins[step.end]
-        moved |= start.meta["val"].stride() != end.meta["val"].stride()
+    found = Shorter(graph, dict(zip(source.fx.nodes, graph.fx.nodes, strict=True)), {})
+    for step in sorted(steps, key=lambda one: one.end):
+        start, end = found.value(step.start), found.twins[step.end]
         if shared_memory(end, start):  # the caller may write to one of two outputs, or to an output
             builder = Builder(graph, end)
-            start = builder.call(torch.ops.aten.clone.default, {"self": builder.value(start)}).node
+            same = {"self": builder.value(start)}
+            start = builder.call(torch.ops.aten.clone.default, same).node
         end.replace_all_uses_with(start)
-        twins |= {node: start for node, twin in twins.items() if twin is end}
-        twins[step.sum] = end  # which is erased
+        found.instead[end] = start
     graph.eliminate_dead_code()
-    unread = _read(source) - _read(graph)
+    _forget_states(graph, _read(source) - _read(graph))
+    if any(_strides(step.start) != _strides(step.end) for step in steps):
+        for node in graph.calls:
+            node.meta["val"] = infer(graph, node.target, node.args, node.kwargs)
+    return found
+
+
+def _strides(node: fx.Node) -> tuple[str, ...]:
+    return tuple(map(str, node.meta["val"].stride()))
+
+
+def _forget_states(graph: Graph, unread: set[str]) -> None:
+    """Forget states, and what else modules have that nobody reads any more (counters of batches)."""
+    stay = {_module(name) for name in _read(graph)}
+    modules = {_module(name) for name in unread} - stay
+    unread = unread | {name for name in graph.states if _module(name) in modules}
     graph.states = {name: one for name, one in graph.states.items() if name not in unread}
     graph.aliases = {name: twin for name, twin in graph.aliases.items() if twin not in unread}
-    if moved:
-        _infer_again(graph)
-    return Shorter(graph, twins)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _read(graph: Graph) -> set[str]:
     return {str(node.target) for node in graph.fx.nodes if node.op == "get_attr" and node.users}
 
 
-def _infer_again(graph: Graph) -> None:
-    for node in graph.calls:
-        try:
-            node.meta["val"] = infer(graph, node.target, node.args, node.kwargs)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise CannotDrop(f"{node.name} ({graph.where(node)}): {said}") from error
+def protected(graph: Graph, patterns: str) -> set[str]:
+    """The parameters that match any of some patterns, `head.*;stem.*` or `head.*|stem.*`.
+
+    Raises:
+        PassError: for a pattern without a match, with the name that is nearest to it.
+    """
+    known = {name: name for name, state in graph.states.items() if state.kind == "parameter"}
+    known |= {name: twin for name, twin in graph.aliases.items() if twin in known}
+    found: set[str] = set()
+    for pattern in filter(None, map(str.strip, re.split(r"[|;]", patterns))):
+        matches = fnmatch.filter(known, pattern)
+        if not matches:
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
+            nearest = f"; the nearest is {near[0]}" if near else ""
+            raise PassError(f"drop-layers: protect={pattern!r} matches no parameter{nearest}")
+        found |= {known[name] for name in matches}
+    return found
 
 
 # -- what it changes --------------------------------------------------------------------------------
@@ -98,7 +125,11 @@ class Measures:
 
     @property
     def metric(self) -> str:
-        return "relative error on the data" if self.loss is None else "loss on the data"
+        return (
+            "relative error on the data"
+            if self.loss is None
+            else "increase of the loss on the data"
+        )
 
     def error(self, graph: Graph) -> float:
         """By how much the mean loss exceeds that of the source; without a loss, the relative error of
