@@ -28,10 +28,10 @@ from graphopt.passes.base import Pass, PassError
 from graphopt.passes.pruning.depth import (
     Measures,
     feature_axis,
-    protected,
     without,
 )
 from graphopt.passes.pruning.evidence import EvidenceError, Loss
+from graphopt.passes.pruning.ranking import protected
 
 RATIO = 0.25  # where nothing else is said
 UNITS = ("block", "step")
@@ -153,7 +153,7 @@ class DropLayers(Pass):
     def _candidates(self, session: Session) -> list[Candidate]:
         """The blocks that may go, in graph order; of the steps that may not, reasons are recorded."""
         source, found = session.graph, []
-        kept = protected(source, str(self.protect))
+        kept = protected(source, str(self.protect), "drop-layers")
         for stream in find_streams(source):
             for step in stream.steps:
                 if step.reason:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,10 +17,8 @@ from graphopt.ir.blocks import Block, Step
 from graphopt.ir.builder import Builder, infer
 from graphopt.ir.driver import shared_memory
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import as_call
 from graphopt.ir.interpret import Interpreter
-from graphopt.passes.base import PassError
-from graphopt.passes.pruning.evidence import EvidenceError, Loss
+from graphopt.passes.pruning.evidence import Loss, batches
 
 Pair = tuple[fx.Node, fx.Node]
 
@@ -92,25 +87,6 @@ def _read(graph: Graph) -> set[str]:
     return {str(node.target) for node in graph.fx.nodes if node.op == "get_attr" and node.users}
 
 
-def protected(graph: Graph, patterns: str) -> set[str]:
-    """The parameters that match any of some patterns, `head.*;stem.*` or `head.*|stem.*`.
-
-    Raises:
-        PassError: for a pattern without a match, with the name that is nearest to it.
-    """
-    known = {name: name for name, state in graph.states.items() if state.kind == "parameter"}
-    known |= {name: twin for name, twin in graph.aliases.items() if twin in known}
-    found: set[str] = set()
-    for pattern in filter(None, map(str.strip, re.split(r"[|;]", patterns))):
-        matches = fnmatch.filter(known, pattern)
-        if not matches:
-            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
-            nearest = f"; the nearest is {near[0]}" if near else ""
-            raise PassError(f"drop-layers: protect={pattern!r} matches no parameter{nearest}")
-        found |= {known[name] for name in matches}
-    return found
-
-
 # -- what it changes --------------------------------------------------------------------------------
 
 
@@ -176,22 +152,7 @@ class Measures:
         return [_finite(total / count) for total, count in zip(totals, counts, strict=True)]
 
     def batches(self, needed_by: str) -> Iterator[tuple[list[Any], Any]]:
-        """Flat inputs and target of every batch.
-
-        Raises:
-            EvidenceError: if there are none, or one is not called as the model is.
-        """
-        if not self.data:
-            raise EvidenceError(f"{needed_by} needs data: a sequence of (inputs, target)")
-        expected = self.source.signature.in_spec
-        for number, (inputs, target) in enumerate(self.data):
-            args, kwargs = as_call(inputs, None)
-            leaves, spec = pytree.tree_flatten((args, dict(kwargs or {})))
-            if spec != expected:
-                raise EvidenceError(
-                    f"data[{number}]: expected inputs of the form {expected}, found {spec}"
-                )
-            yield leaves, target
+        return batches(self.source, self.data, needed_by)
 
 
 def angular_distance(one: Tensor, other: Tensor, axis: int | None) -> Tensor:

@@ -92,22 +92,7 @@ class Evidence:
         }  # fmt: skip
 
     def batches(self, needed_by: str) -> Iterator[tuple[list[Any], Any]]:
-        """Flat inputs and target of every batch.
-
-        Raises:
-            EvidenceError: if there are none, or one is not called as the model is.
-        """
-        if not self.data:
-            raise EvidenceError(f"{needed_by} needs data: a sequence of (inputs, target)")
-        for number, (inputs, target) in enumerate(self.data):
-            args, kwargs = as_call(inputs, None)
-            leaves, spec = pytree.tree_flatten((args, dict(kwargs or {})))
-            expected = self.graph.signature.in_spec
-            if spec != expected:
-                raise EvidenceError(
-                    f"data[{number}]: expected inputs of the form {expected}, found {spec}"
-                )
-            yield leaves, target
+        return batches(self.graph, self.data, needed_by)
 
     def run(
         self, inputs: Sequence[Any], states: Mapping[str, Tensor] | None = None,
@@ -154,6 +139,27 @@ class Evidence:
 
         for inputs, target in self.batches(needed_by):
             yield on(inputs, target)
+
+
+def batches(
+    graph: Graph, data: Sequence[tuple[Any, Any]], needed_by: str
+) -> Iterator[tuple[list[Any], Any]]:
+    """Flat inputs and target of every batch.
+
+    Raises:
+        EvidenceError: if there are none, or one is not called as the model is.
+    """
+    if not data:
+        raise EvidenceError(f"{needed_by} needs data: a sequence of (inputs, target)")
+    expected = graph.signature.in_spec
+    for number, (inputs, target) in enumerate(data):
+        args, kwargs = as_call(inputs, None)
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs or {})))
+        if spec != expected:
+            raise EvidenceError(
+                f"data[{number}]: expected inputs of the form {expected}, found {spec}"
+            )
+        yield leaves, target
 
 
 class _Seen(Interpreter):

@@ -16,6 +16,7 @@ import numpy as np
 from graphopt.ir.channels import Group, Groups
 from graphopt.ir.channels.labels import Vector
 from graphopt.ir.channels.meters import Floats, Lost
+from graphopt.ir.graph import Graph
 from graphopt.passes.base import PassError
 from graphopt.passes.pruning.evidence import Scores
 
@@ -102,7 +103,7 @@ def rank(
     Raises:
         PassError: for a pattern that matches no parameter.
     """
-    kept = protected(groups, protect)
+    kept = protected(groups.graph, protect, "prune")
     families = [
         one for one in groups.families()
         if not kept & {m.name for m in one[0].members}
@@ -136,13 +137,13 @@ def _structure(groups: Groups, group: Group) -> Any:
     return str(sorted(found))
 
 
-def protected(groups: Groups, patterns: str) -> set[str]:
+def protected(graph: Graph, patterns: str, asked_by: str) -> set[str]:
     """The parameters that match any of some patterns, `head.*;stem.*` or `head.*|stem.*`.
 
     Raises:
         PassError: for a pattern without a match, with the name that is nearest to it.
     """
-    states, aliases = groups.graph.states, groups.graph.aliases
+    states, aliases = graph.states, graph.aliases
     names = {name: name for name, state in states.items() if state.kind == "parameter"}
     names |= {name: twin for name, twin in aliases.items() if twin in names}
     found: set[str] = set()
@@ -151,7 +152,7 @@ def protected(groups: Groups, patterns: str) -> set[str]:
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             nearest = f"; the nearest is {near[0]}" if near else ""
-            raise PassError(f"prune: protect={pattern!r} matches no parameter{nearest}")
+            raise PassError(f"{asked_by}: protect={pattern!r} matches no parameter{nearest}")
         found |= {names[name] for name in matches}
     return found
 
