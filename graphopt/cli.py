@@ -1,4 +1,4 @@
-"""The command line: `graphopt optimize`, `verify`, `bisect`, `passes`.
+"""The command line: `graphopt optimize`, `verify`, `bisect`, `passes`, `kernels`.
 
 Exit codes: 0 done (or equal, or good), 2 bad input (one line on stderr says what), 1 a difference was
 found by `verify` or `bisect`, or anything unexpected.
@@ -96,7 +96,7 @@ def optimize(
     output: Annotated[Path | None, OUTPUT] = None,
     mode: Annotated[str, MODE] = "deploy",
     passes: Annotated[str | None, PASSES] = None,
-    backend: Annotated[str, typer.Option(help="eager, inductor, or auto.")] = "eager",
+    backend: Annotated[str, typer.Option(help="eager, inductor, triton, or auto.")] = "eager",
     trust: Annotated[bool, TRUST] = False,
     bisect_limit: Annotated[int | None, LIMIT] = None,
     validate: Annotated[bool, VALIDATE] = True,
@@ -142,6 +142,46 @@ def optimize(
             typer.echo(f"saved      {output}")
         for story in stories.values():
             typer.echo(f"\n{story}")
+
+
+@app.command()
+def kernels(
+    source: Annotated[str, SOURCE],
+    mode: Annotated[str, MODE] = "deploy",
+    passes: Annotated[str | None, PASSES] = None,
+    trust: Annotated[bool, TRUST] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the kernels as JSON.")] = False,
+) -> None:
+    """Print the Triton kernels that a model becomes: what each computes, moves, and its source.
+
+    Without a GPU, set TRITON_INTERPRET=1.
+    """
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch") as status, _one_line(source):
+        import graphopt
+        from graphopt.backends.base import find
+
+        pipeline = graphopt.Pipeline(mode if passes is None else passes)
+        _check_mode(mode)
+        find("triton")
+        status.update(f"loading {source}")
+        model, args, kwargs = _load(source, trust)
+        result = graphopt.optimize(
+            model, args or None, kwargs or None, mode=mode, passes=pipeline, backend="triton",
+            progress=status.update,
+        )  # fmt: skip
+        if result.report.backend != "triton":
+            _fail(f"{source}: {'; '.join(result.report.backend_notes)}")
+        found = result.kernels
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(one) for one in found], allow_nan=False))
+        return
+    for one in found:
+        where = ", ".join(one.origins) or "-"
+        typer.echo(f"# {one.name} ({one.kind}): {one.nodes} ops of {where}; "
+                   f"{one.bytes} bytes, {one.flops} FLOPs")  # fmt: skip
+        typer.echo(f"{one.source}\n")
 
 
 @app.command()

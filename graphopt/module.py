@@ -72,6 +72,15 @@ class OptimizedModule(nn.Module):
             raise RuntimeError("not captured yet: call the module once, or pass inputs to optimize")
         return self._inner if isinstance(self._inner, fx.GraphModule) else None
 
+    @property
+    def kernels(self) -> tuple[Any, ...]:
+        """The generated kernels: name, kind, source, origin modules, bytes and FLOPs of each; none
+        with a backend that generates no source of its own."""
+        if self._run is None and self._lower is not None and self.graph_module is not None:
+            args, kwargs = self.example_inputs()
+            self._lowered()(*args, **kwargs)
+        return tuple(getattr(self._run, "kernels", ()))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model as one artifact directory; see `graphopt.artifact`."""
         from graphopt.artifact import save
@@ -110,10 +119,13 @@ class OptimizedModule(nn.Module):
             return self._fallback(*args, **kwargs)
         if torch.compiler.is_compiling():  # traced by export or compile: the plain graph
             return self._inner(*args, **kwargs)
+        return self._lowered()(*args, **kwargs)
+
+    def _lowered(self) -> Callable[..., Any]:
         if self._run is None:
             run = self._inner if self._lower is None else self._lower(self._inner)
             self.__dict__["_run"] = run
-        return self._run(*args, **kwargs)
+        return self._run  # type: ignore[no-any-return]
 
     def _capture_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         result = self._pending(self._inner, args, kwargs)

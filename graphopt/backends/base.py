@@ -15,7 +15,11 @@ from torch import fx
 
 Runnable = Callable[..., Any]
 
-_HOMES = {"eager": "graphopt.backends.eager", "inductor": "graphopt.backends.inductor"}
+_HOMES = {
+    "eager": "graphopt.backends.eager",
+    "inductor": "graphopt.backends.inductor",
+    "triton": "graphopt.backends.triton",
+}
 ROUNDS = 5
 
 
@@ -28,12 +32,13 @@ class Backend:
     """A way to run a graph module.
 
     `lower(module, trainable)` returns a callable with the module's signature; `missing()` says why
-    the backend cannot run here, or returns "".
+    the backend cannot run here, or returns ""; `worth_timing()` whether "auto" tries it.
     """
 
     name: str
     lower: Callable[[fx.GraphModule, bool], Runnable]
     missing: Callable[[], str] = lambda: ""
+    worth_timing: Callable[[], bool] = lambda: True
 
     def lower_again(self, report: Any) -> Callable[[fx.GraphModule], Runnable]:
         """`lower` for a module that was optimized before, with the mode its report tells."""
@@ -58,14 +63,14 @@ def find(name: str) -> Backend:
 
 
 def candidates() -> list[Backend]:
-    """Every backend that can run here."""
+    """Every backend that can run here and may be the fastest."""
     found = []
     for name in _HOMES:
         try:
             found.append(find(name))
         except BackendError:
             continue
-    return found
+    return [backend for backend in found if backend.worth_timing()]
 
 
 def choose(

@@ -1,0 +1,303 @@
+"""Finds a pointwise computation that was unrolled over steps: the same formula T times, each applied
+to what the step before left.
+
+    y_t, v_t = step(x_t, v_{t-1}, w),      t = 0 .. T-1
+
+No neuron is known by name. Nodes are sorted into steps by the inputs they depend on; then the
+expression of every step is compared with that of one, node by node. Values that a step hands to the
+next are the states; values from outside that belong to one step are its inputs; those that every step
+reads alike are invariants. The first step may differ: constants fold into it where the state starts
+from a number; it then has a formula of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt.backends.triton.families.common import tensor
+from graphopt.backends.triton.families.steps import Steps, filled
+from graphopt.backends.triton.region import Outside
+from graphopt.ir.affine import same_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A step as an expression graph. `graph` has the placeholders inputs, states, invariants, in this
+    order, and returns `roots` values."""
+
+    graph: fx.Graph
+    roots: int
+
+
+@dataclasses.dataclass
+class Chain:
+    """An unrolled computation of `steps` steps.
+
+    Attributes:
+        body: the formula of steps `start` .. `steps` - 1. Inputs: `inputs`, states: `links`.
+        start: 0, or 1 where the first step has a formula of its own.
+        first: what comes before step `start`: the initial states, over `first_inputs` and the
+            invariants; None if there is nothing to compute.
+        inputs: for each input of the body, the node of every step from `start`.
+        links: for each state of the body, the root of the body that makes it for the next step; None
+            where no further step follows that would tell.
+        initial: for each state, where it starts: a node, or the number of a root of `first`.
+        roots: for each root, the node that every step from `start` has for it; None where a step
+            (the last) has none.
+        first_roots: the nodes that `first` returns.
+        nodes: every node that is computed, with the constants that nothing else reads.
+    """
+
+    steps: int
+    start: int
+    body: Formula
+    inputs: list[list[fx.Node]]
+    invariants: list[fx.Node]
+    links: list[int | None]
+    initial: list[Any]
+    roots: list[list[fx.Node | None]]
+    first: Formula | None
+    first_inputs: list[fx.Node]
+    first_roots: list[fx.Node]
+    nodes: list[fx.Node]
+
+
+def chain(nodes: Sequence[fx.Node]) -> Chain | None:
+    """The steps of a component; None if nothing in it looks like steps.
+
+    Raises:
+        Outside: if it has steps that are not alike, naming the operation.
+    """
+    steps = Steps(nodes)
+    if steps.count < 2:
+        return None
+    if (between := steps.between()) is not None:
+        if not steps.told:
+            return None
+        raise Outside(f"{between.name} ({between.target}) between steps is not pointwise")
+    return _Comparison(steps).chain()
+
+
+class _Comparison:
+    """The steps of a component, compared with one of them."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def chain(self) -> Chain:
+        at: list[list[fx.Node]] = [[] for _ in range(self.steps.count)]
+        for node in self.steps.body:
+            if (level := self.steps.level[node]) < 0:
+                continue
+            for user in node.users:
+                if user in self.steps.inside and self.steps.level[user] > level + 1:
+                    raise Outside(f"{user.name} reads {node.name} of more than one step before")
+            if any(
+                self.steps.level[user] != level
+                if user in self.steps.inside
+                else self.steps.is_outside(user)
+                for user in node.users
+            ):
+                at[level].append(node)
+        if missing := [step for step, roots in enumerate(at) if not roots]:
+            raise Outside(f"step {missing[0]} computes nothing that is read later")
+        model = 1
+        pairs = [_Pairing(self.steps, model, step) for step in range(self.steps.count)]
+        pairs[model].match(at[model], at[model])
+        for step in range(model + 1, self.steps.count):
+            pairs[step].match(at[model], at[step])
+        start = 0
+        try:
+            pairs[0].match(at[model], at[0])
+        except Outside:
+            start = 1
+        at[model] += dict.fromkeys(one for pair in pairs for one in pair.more)
+        states = pairs[model].states
+        if any(state not in pairs[0].states for state in states):
+            start = 1
+        links = self._links(pairs, at[model], states, start)
+        inputs = pairs[model].inputs
+        roots = [[pair.images.get(root) for pair in pairs[start:]] for root in at[model]]
+        invariants = self._invariants(model)
+        body = self._formula({model}, at[model], inputs, states, invariants)
+        initial: list[Any] = [pairs[0].states.get(state) for state in states]
+        if start:
+            initial = [pairs[model].states[state] for state in states]
+        first_roots = at[0] if start else [one for one in initial if one in self.steps.inside]
+        before = {-1, 0} if start else {-1}
+        initial = [first_roots.index(one) if one in first_roots else one for one in initial]
+        if alien := [one for one in initial if one in self.steps.inside]:
+            raise Outside(f"{alien[0].name} is not of the first step")
+        first, first_inputs = None, []
+        if first_roots:
+            reads = self._read(before)
+            first_inputs = [
+                one for one in (*self.steps.leaves, *self.steps.nodes)
+                if one in reads and one not in invariants
+                and (one not in self.steps.inside or one in self.steps.invariant)
+            ]  # fmt: skip
+            first = self._formula(before, first_roots, first_inputs, (), invariants)
+        return Chain(
+            self.steps.count, start, body, [[pair.inputs[one] for pair in pairs[start:]] for one in inputs],
+            invariants, links, initial, roots, first, first_inputs, first_roots,
+            [*self.steps.body, *(one for one in self.steps.constants if not self.steps.is_outside(one))],
+        )  # fmt: skip
+
+    def _links(
+        self, pairs: list[_Pairing], roots: list[fx.Node], states: Iterable[fx.Node], start: int
+    ) -> list[int | None]:
+        links: list[int | None] = []
+        for state in states:
+            made: set[int | None] = set()
+            for step in range(start + 1, self.steps.count):
+                held = pairs[step].states.get(state)
+                if held is None and step == self.steps.count - 1:
+                    continue  # the last step may need less
+                backwards: dict[Any, Any] = {
+                    image: root for root, image in pairs[step - 1].images.items()
+                }
+                root = backwards.get(held)
+                made.add(None if root is None else roots.index(root))
+            if len(made) > 1 or made == {None}:
+                raise Outside(f"steps hand different values on as {state.name}")
+            links.append(made.pop() if made else None)
+        return links
+
+    def _read(self, levels: set[int]) -> set[fx.Node]:
+        body = (node for node in self.steps.body if self.steps.level[node] in levels)
+        return {one for node in body for one in node.all_input_nodes}
+
+    def _invariants(self, level: int) -> list[fx.Node]:
+        read = self._read({level})
+        return [
+            one
+            for one in (*self.steps.leaves, *self.steps.nodes)
+            if one in read and one in self.steps.invariant
+        ]
+
+    def _formula(
+        self, levels: set[int], roots: Sequence[fx.Node], inputs: Iterable[fx.Node],
+        states: Iterable[fx.Node], invariants: Iterable[fx.Node],
+    ) -> Formula:  # fmt: skip
+        graph, twins = fx.Graph(), {}
+        for letter, group in (("x", inputs), ("v", states), ("w", invariants)):
+            for number, node in enumerate(group):
+                twins[node] = graph.placeholder(f"{letter}{number}")
+                twins[node].meta = dict(node.meta)
+        for node in self.steps.body:
+            if self.steps.level[node] in levels and node not in twins:
+                twins[node] = graph.node_copy(node, twins.__getitem__)
+                twins[node].meta = dict(node.meta)
+        graph.output(tuple(twins[root] for root in roots))
+        graph.eliminate_dead_code()
+        return Formula(graph, len(roots))
+
+
+class _Pairing:
+    """The nodes of one step beside those of the step that is the model."""
+
+    def __init__(self, steps: Steps, model: int, step: int) -> None:
+        self.steps, self.model, self.step = steps, model, step
+        self.images: dict[fx.Node, fx.Node] = {}
+        self.inputs: dict[fx.Node, fx.Node] = {}
+        self.states: dict[fx.Node, fx.Node] = {}
+        self.more: list[fx.Node] = []  # of the model, that the last step alone hands out
+
+    def match(self, model: Sequence[fx.Node], roots: Sequence[fx.Node]) -> None:
+        """Pair every root of this step with one of the model's, which may have more: what no later
+        step needs is not computed.
+
+        Raises:
+            Outside: naming the first difference.
+        """
+        free, queue = list(model), list(roots)
+        last = self.step == self.steps.count - 1
+        inner: list[fx.Node] = []
+        if last:  # may hand out what is no result of the other steps
+            level, body = self.steps.level, self.steps.body
+            inner = [one for one in reversed(body) if level[one] == self.model and one not in free]
+        for root in queue:
+            reason = f"{root.name} ({root.target}) of step {self.step} has no counterpart"
+            for candidate in (*free, *inner):
+                saved = dict(self.images), dict(self.inputs), dict(self.states)
+                reasons: list[str] = []
+                if self._walk(candidate, root, reasons):
+                    (free if candidate in free else inner).remove(candidate)
+                    if candidate not in model:
+                        self.more.append(candidate)
+                    break
+                self.images, self.inputs, self.states = saved
+                reason = reasons[0]
+            else:
+                before = [one for one in root.all_input_nodes if self.steps.owns(one, self.step)]
+                if not (last and before):
+                    raise Outside(f"steps {self.model} and {self.step} differ: {reason}")
+                # What follows the last step alone is none of its formula.
+                self.steps.drop(root)
+                queue += [one for one in before if one not in queue]
+
+    def _walk(self, one: fx.Node, two: fx.Node, reasons: list[str]) -> bool:
+        level, steps = self.steps.level, self.steps
+        stack = [(one, two)]
+        while stack:
+            a, b = stack.pop()
+            fixed = b in steps.invariant and b not in steps.constants
+            if a in steps.invariant or fixed:
+                if a is not b and not _same_constant(a, b):
+                    reasons.append(f"{b.name}, expected {a.name}")
+                    return False
+                continue
+            state = level[a] < self.model
+            leaf = a not in steps.inside
+            table = self.states if state else self.inputs if leaf else self.images
+            if a in table:
+                if table[a] is not b:
+                    reasons.append(f"{b.name}, expected {table[a].name}")
+                    return False
+                continue
+            if b in table.values():
+                reasons.append(f"{b.name} is read twice")
+                return False
+            table[a] = b
+            if not self._alike(a, b, state, leaf):
+                reasons.append(f"{b.name} ({b.target}), expected {a.name} ({a.target})")
+                return False
+            if state or leaf:
+                continue
+            for left, right in zip(_flat(a), _flat(b), strict=True):
+                if isinstance(left, fx.Node):
+                    stack.append((left, right))
+        return True
+
+    def _alike(self, a: fx.Node, b: fx.Node, state: bool, leaf: bool) -> bool:
+        steps, left, right = self.steps, tensor(a), tensor(b)
+        if left.dtype != right.dtype or not same_shape(left.shape, right.shape):
+            return False
+        if state:  # the first step reads its states from outside
+            held = b not in steps.inside if self.step == 0 else steps.level[b] == self.step - 1
+            return held or (self.step == 0 and steps.level[b] < 0)
+        if (b not in steps.inside) != leaf:
+            return False
+        # In the first step, what depends on no input may be computed before it.
+        if steps.level[b] != self.step and (self.step, steps.level[b]) != (0, -1):
+            return False
+        if leaf:
+            return True
+        return a.target is b.target and _literals(a) == _literals(b)
+
+
+def _same_constant(a: fx.Node, b: fx.Node) -> bool:
+    value = filled(a)
+    return value is not None and value == filled(b) and tensor(a).dtype == tensor(b).dtype
+
+
+def _flat(node: fx.Node) -> list[Any]:
+    return [*node.args, *(node.kwargs[key] for key in sorted(node.kwargs))]
+
+
+def _literals(node: fx.Node) -> list[Any]:
+    return [None if isinstance(one, fx.Node) else (type(one), one) for one in _flat(node)]
