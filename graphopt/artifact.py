@@ -1,7 +1,9 @@
 """Saved models: a directory with a JSON graph, safetensors weights, and a manifest with their
 sha256. No pickle: loading runs no code but the ATen ops the graph names.
 
-    model/graph.json  model/weights.safetensors  model/manifest.json
+    model/graph.json  model/weights.safetensors  model/manifest.json  model/kernels.py
+
+The last one has the sources of generated kernels, if there are any, for reading: nothing runs them.
 
 Writing goes to a temporary directory beside the target, which is renamed at the end: a crash leaves
 the old artifact (or none), never half of one.
@@ -72,10 +74,13 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
             {name: entry[0].detach().contiguous().clone() for name, entry in tensors.items()},
             work / "weights.safetensors",
         )
+        if sources := [one.source for one in getattr(module._run, "kernels", ())]:
+            (work / "kernels.py").write_text("\n\n".join(sources))
+        files = sorted(one.name for one in work.iterdir())
         manifest = {
             "format": FORMAT,
             "torch": torch.__version__,
-            "sha256": {name: _sha256(work / name) for name in _FILES},
+            "sha256": {name: _sha256(work / name) for name in files},
             "report": report,
         }
         (work / "manifest.json").write_text(

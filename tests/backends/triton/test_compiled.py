@@ -175,6 +175,18 @@ def test_optimize_lists_its_kernels():
     assert [one.name for one in twin.kernels] == [one.name for one in fast.kernels]
 
 
+def test_their_sources_are_kept_in_the_artifact(tmp_path):
+    model, x = _block(), torch.randn(4, 3, 8)
+    fast = graphopt.optimize(model, (x,), backend="triton")
+    fast.save(tmp_path / "model")
+    text = (tmp_path / "model" / "kernels.py").read_text()
+    assert all(one.source in text for one in fast.kernels)
+    again = graphopt.load(tmp_path / "model")
+    torch.testing.assert_close(again(x), fast(x), rtol=0, atol=0)
+    assert [one.source for one in again.kernels] == [one.source for one in fast.kernels]
+    again.save(tmp_path / "model")
+
+
 def test_tune_mode_trains_the_same_parameters():
     model, x = _block(), torch.randn(4, 3, 8)
     fast = graphopt.optimize(copy.deepcopy(model), (x,), mode="tune", backend="triton")
