@@ -257,8 +257,8 @@ def is_impure(node: fx.Node) -> bool:
 def fake_inputs(module: fx.GraphModule, mode: FakeTensorMode, given: Sequence[Any]) -> list[Any]:
     """Fake tensors like `given`, the sizes that the module leaves open as symbols of `mode`.
 
-    A symbol's example is the size given, or the next prime where a size of the module (or 0 or 1)
-    is the same by accident.
+    A symbol's example is the size given, or the next prime above it where a size of the module (or 0
+    or 1) is the same by accident: above, since the module may index up to the size given.
     """
     nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
     taken = {0, 1}
@@ -283,7 +283,8 @@ def _fake(node: fx.Node, leaf: Any, mode: FakeTensorMode, symbols: Any, taken: s
             shape.append(size)
             continue
         if name not in symbols:
-            symbols[name] = _symbol(mode, len(symbols), size if size not in taken else _free(taken))
+            example = size if size not in taken else _free(taken, max(size, 2))
+            symbols[name] = _symbol(mode, len(symbols), example)
         shape.append(symbols[name])
     with mode:
         return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
@@ -302,8 +303,8 @@ def _symbol(mode: FakeTensorMode, index: int, example: int) -> Any:
     return environment.create_symintnode(symbol, hint=example, source=source)
 
 
-def _free(taken: set[int]) -> int:
-    found = 3
+def _free(taken: set[int], above: int) -> int:
+    found = int(sympy.nextprime(above))
     while found in taken:
         found = int(sympy.nextprime(found))
     return found

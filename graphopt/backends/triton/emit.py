@@ -8,7 +8,6 @@ conditions of padding and joining.
 from __future__ import annotations
 
 import struct
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
@@ -122,11 +121,10 @@ class Emitter:
         pointers += [store.buffer.name for store in self.stores]
         numbers = [*self.sizes.values()]
         numbers += [str(self.inputs[n].strides[axis]) for n, axis in strided_axes(self.inputs)]
-        parameters = ", ".join([*pointers, *numbers, *(f"{one}: tl.constexpr" for one in blocks)])
-        signature = f"def {name}({parameters}):"
+        parameters = [*pointers, *numbers, *(f"{one}: tl.constexpr" for one in blocks)]
+        signature = f"def {name}({', '.join(parameters)}):"
         if len(signature) > 100:
-            lines = textwrap.wrap(parameters.replace(": ", ":~"), 94)
-            signature = f"def {name}(\n    " + "\n    ".join(lines).replace("~", " ") + ",\n):"
+            signature = f"def {name}(\n" + "".join(f"    {one},\n" for one in parameters) + "):"
         heading = "\n".join(f"    {line}".rstrip() for line in docstring(title, notes))
         body = "\n".join(self.lines)
         header = HEADER + (DEVICE if "device." in body else "")

@@ -222,9 +222,8 @@ def moved(stores: tuple[Store, ...], ranges: Ranges) -> sympy.Expr:
             reached = product([
                 length for axis, length in ranges.size.items() if axis in one.offset.free_symbols
             ])  # fmt: skip
-            fewer = ranges.nonnegative(size - reached)
-            seen = read.get(one.buffer, sympy.Integer(0)) + (reached if fewer else size)
-            read[one.buffer] = seen if ranges.nonnegative(size - seen) else size
+            seen = read.get(one.buffer, sympy.Integer(0)) + reached
+            read[one.buffer] = seen if ranges.nonnegative(size - seen) else sympy.Min(size, seen)
     total = sum(count * buffer.dtype.itemsize for buffer, count in read.items())
     for store in stores:
         total += product(store.buffer.shape) * store.buffer.dtype.itemsize

@@ -86,7 +86,9 @@ class Region:
         return self._at_example(self.work()[1])
 
     def _at_example(self, count: sympy.Expr) -> int:
-        hints = {size_of(node): node.meta["val"].node.hint for node in self.sizes}
+        found = [node.meta["val"] for node in self.sizes]
+        found += [size for node in self.inputs for size in getattr(node.meta["val"], "shape", ())]
+        hints = {one.node.expr: one.node.hint for one in found if isinstance(one, torch.SymInt)}
         return int(sympy.sympify(count).subs(hints))
 
     @cached_property

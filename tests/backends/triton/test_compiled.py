@@ -70,6 +70,27 @@ def test_dynamic_columns():
         assert_right(fast, lambda x: (x.softmax(0), x.mean(0)), torch.randn(rows, 5))
 
 
+def test_a_loop_over_as_many_steps_as_there_are_features():
+    """A dynamic size may equal a static one by accident; the graph indexes up to the size given."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+
+        def forward(self, x):
+            state = x[0]
+            for step in range(1, 4):
+                state = self.one(state).relu() * 0.5 + x[step]
+            return state
+
+    model, x = Loop(), torch.randn(4, 4, 4)
+    fast = compiled(model, x)
+    assert_right(fast, model, x)
+    first = fast.kernels[0]
+    assert first.bytes == 4 * (16 + 16 + 16 + 4 + 16)  # x[0], x[1] (one buffer), weight, bias; out
+
+
 def test_a_sum_stays_near_its_consumers_but_is_computed_once():
     x = torch.randn(4, 8)
 
