@@ -15,6 +15,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) -e .[test]
+	$(PIP) --no-deps spikingjelly # it asks for torchaudio, of which there may be no CPU build
 	touch $@
 
 demo: $(VENV)/.base

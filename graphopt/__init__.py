@@ -23,6 +23,11 @@ from graphopt.passes.base import Pass as Pass, PassError as PassError, RewritePa
 from graphopt.pipeline import Pipeline as Pipeline, PipelineError as PipelineError
 from graphopt.pruned import NotExpressible as NotExpressible, prune_module as prune_module
 from graphopt.report import Report as Report, Story as Story, UnknownModule as UnknownModule
+from graphopt.streaming import (
+    Streaming as Streaming,
+    StreamingError as StreamingError,
+    streaming as streaming,
+)
 from graphopt.verify.compare import Comparison as Comparison, verify as verify
 from graphopt.verify.side import VerifyError as VerifyError
 

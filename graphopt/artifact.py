@@ -14,8 +14,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-import math
-import operator
 import os
 import shutil
 import tempfile
@@ -27,22 +25,13 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from graphopt.ir.graph import Signature
-from graphopt.ir.ops.base import overload
+from graphopt.ir.text_graph import TextError, decode, encode, target_name, target_of
 from graphopt.module import OptimizedModule, assemble
 from graphopt.report import Report
 
 FORMAT = 1
 _FILES = ("graph.json", "weights.safetensors")
-# Python functions on symbolic sizes that a graph may call; nothing else is ever looked up.
-_FUNCTIONS: dict[str, Any] = {
-    **{f"operator.{name}": getattr(operator, name) for name in (
-        "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne",
-        "lt", "le", "gt", "ge", "and_", "or_", "not_", "abs")},
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{f"torch.{name}": getattr(torch, name) for name in (
-        "sym_max", "sym_min", "sym_not", "sym_float", "sym_int", "sym_ite")},
-}  # fmt: skip
-_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+_KEPT = ("where", "made_by", "type")  # of what is known of a node
 
 
 class ArtifactError(RuntimeError):
@@ -140,7 +129,7 @@ def load(path: str | os.PathLike[str]) -> OptimizedModule:
         tensors = {name: (loaded[name], *entry) for name, *entry in graph.pop("tensors")}
         signature = _decode_signature(graph.pop("signature"))
         return rebuild(graph, signature, tensors, manifest["report"], graph.pop("training"))
-    except (KeyError, TypeError, SafetensorError) as error:
+    except (KeyError, TypeError, TextError, SafetensorError) as error:
         raise ArtifactError(f"{source}: not readable as an artifact: {error!r}") from error
 
 
@@ -192,17 +181,17 @@ def dismantle(module: OptimizedModule) -> Plain:
         first[id(tensor)] = name
         tensors[name] = (tensor, kind, name not in transient, tensor.requires_grad)
     signature: Signature = module._signature
-    nodes = []
-    for node in gm.graph.nodes:
-        nodes.append({
-            "name": node.name,
-            "op": node.op,
-            "target": _target_name(node),
-            "args": _encode(node.args),
-            "kwargs": _encode(node.kwargs),
-            **{key: _encode(node.meta[key]) for key in ("where", "made_by", "type")
-               if key in node.meta},
-        })  # fmt: skip
+    try:
+        nodes = [
+            {
+                "name": node.name, "op": node.op, "target": target_name(node),
+                "args": encode(node.args), "kwargs": encode(node.kwargs),
+                **{key: encode(node.meta[key]) for key in _KEPT if key in node.meta},
+            }
+            for node in gm.graph.nodes
+        ]  # fmt: skip
+    except TextError as error:
+        raise ArtifactError(str(error)) from error
     graph = {"nodes": nodes, "aliases": aliases, "backend": module.report.backend}
     return graph, signature, tensors, module.report.to_dict(), module.training
 
@@ -220,13 +209,14 @@ def rebuild(
     code = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in graph["nodes"]:
-        args = _decode(entry["args"], nodes)
-        kwargs = _decode(entry["kwargs"], nodes)
-        target = _target(entry["op"], entry["target"])
+        args = decode(entry["args"], nodes)
+        kwargs = decode(entry["kwargs"], nodes)
+        try:
+            target = target_of(entry["op"], entry["target"])
+        except TextError as error:
+            raise ArtifactError(str(error)) from error
         node = code.create_node(entry["op"], target, args, kwargs, name=entry["name"])
-        node.meta = {
-            key: _decode(entry[key], nodes) for key in ("where", "made_by", "type") if key in entry
-        }
+        node.meta = {key: decode(entry[key], nodes) for key in _KEPT if key in entry}
         nodes[entry["name"]] = node
     states = {}
     for name, (tensor, kind, saved, grad) in tensors.items():
@@ -253,12 +243,12 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
         return {
             "in_spec": pytree.treespec_dumps(signature.in_spec),
             "out_spec": pytree.treespec_dumps(signature.out_spec),
-            "inputs": [_encode(one) for one in signature.inputs],
-            "parameters": _encode(signature.parameters),
+            "inputs": [encode(one) for one in signature.inputs],
+            "parameters": encode(signature.parameters),
             "names": list(signature.names),
             "named_tuples": tuples,
         }
-    except (NotImplementedError, TypeError, KeyError) as error:
+    except (NotImplementedError, TypeError, KeyError, TextError) as error:
         raise ArtifactError(
             f"the structure of inputs or outputs cannot be saved: {error}"
         ) from error
@@ -275,8 +265,8 @@ def _decode_signature(data: dict[str, Any]) -> Signature:
             f"the saved model uses a structure that is not registered here ({error}); import the "
             "library that defines it first"
         ) from error
-    inputs = tuple(_decode(one, {}) for one in data["inputs"])
-    parameters = tuple(map(tuple, _decode(data["parameters"], {})))
+    inputs = tuple(decode(one, {}) for one in data["inputs"])
+    parameters = tuple(map(tuple, decode(data["parameters"], {})))
     return Signature(specs[0], specs[1], inputs, parameters, tuple(data["names"]))
 
 
@@ -295,74 +285,3 @@ def _register(cls: Any, name: str) -> None:
     """Let torch's pytree name a named tuple in saved structures."""
     if name not in _registered():
         pytree._register_namedtuple(cls, serialized_type_name=name)
-
-
-def _target_name(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return (
-            str(node.target._schema.name) + "." + (node.target._schema.overload_name or "default")
-        )
-    name = _NAMES.get(node.target)
-    if name is None:
-        raise ArtifactError(f"{node.name}: {node.target} has no portable name")
-    return name
-
-
-def _target(kind: str, name: str) -> Any:
-    if kind != "call_function":
-        return name
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    found = overload(name) if "::" in name else None
-    if found is None:
-        raise ArtifactError(f"unknown op {name}; is the library that defines it imported?")
-    return found
-
-
-_TAGGED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-
-def _encode(value: Any) -> Any:
-    """Arguments as JSON; nodes, tuples and torch's enumerations become tagged objects."""
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(one) for one in value]}
-    if isinstance(value, list):
-        return [_encode(one) for one in value]
-    if isinstance(value, dict):
-        return {"dict": [[key, _encode(one)] for key, one in value.items()]}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, _TAGGED):
-        return {"torch": type(value).__name__, "value": str(value).removeprefix("torch.")}
-    if isinstance(value, slice):
-        return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
-    raise ArtifactError(f"an argument of type {type(value).__name__} cannot be saved")
-
-
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
-    if isinstance(value, list):
-        return [_decode(one, nodes) for one in value]
-    if not isinstance(value, dict):
-        return value
-    if "node" in value:
-        return nodes[value["node"]]
-    if "tuple" in value:
-        return tuple(_decode(one, nodes) for one in value["tuple"])
-    if "dict" in value:
-        return {key: _decode(one, nodes) for key, one in value["dict"]}
-    if "float" in value:
-        return float(value["float"])
-    if "slice" in value:
-        return slice(*(_decode(one, nodes) for one in value["slice"]))
-    if value.get("torch") == "device":
-        return torch.device(value["value"])
-    found = getattr(torch, value["value"], None)
-    if not isinstance(found, _TAGGED):
-        raise ArtifactError(f"unknown torch constant {value['value']!r}")
-    return found

@@ -33,10 +33,11 @@ from graphopt.passes.base import (
 from graphopt.sources import SourceError, import_object
 
 PRESETS = {
-    "tune": "canonicalize,"
+    "tune": "canonicalize,fold-thresholds,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
     "multiply-out,fold-thresholds,canonicalize",
-    "deploy": "tune,drop-zeros,stack-siblings,materialize,canonicalize",
+    "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings,canonicalize,"
+    "settle-thresholds,tune,drop-zeros,stack-siblings,roll-steps,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
 _TOGETHER = re.compile(r"\[([^\[\]]*)\](?:,|$)")

@@ -15,6 +15,7 @@ from typing import Any
 from graphopt.ir import ops
 from graphopt.ir.ops import plus, times, widen
 from graphopt.ir.rewrite import Rewriter, describe
+from graphopt.ir.sizes import same as same, same_shape as same_shape
 from graphopt.ir.value import Value
 
 
@@ -228,14 +229,3 @@ def merged_axis(before: Any, after: Any, axis: int) -> int | None:
             if same(after[candidate], prod(merged)) and same(prod(after[candidate + 1 :]), behind):
                 return candidate
     return None
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal sizes for every dynamic size, decided without adding guards."""
-    left = getattr(getattr(a, "node", None), "expr", a)
-    right = getattr(getattr(b, "node", None), "expr", b)
-    return bool(left == right)
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(map(same, a, b))

@@ -48,6 +48,19 @@ class Builder:
         target, arguments = op.build()
         return self.call(target, arguments, like)
 
+    def emit_once(self, op: base.Op, like: base.Op | None = None) -> Value:
+        """`emit`, or an equal call on the same values that is computed before already."""
+        target, arguments = op.build()
+        args, kwargs = positional(target, arguments)
+        for node in args[0].users:
+            if (node.target, node.args, node.kwargs) == (
+                target,
+                args,
+                kwargs,
+            ) and node < self.before:
+                return Value(node, self)
+        return self.emit(op, like)
+
     def call(self, target: Any, arguments: dict[str, Any], like: base.Op | None = None) -> Value:
         args, kwargs = positional(target, arguments)
         with self.graph.fx.inserting_before(self.before):

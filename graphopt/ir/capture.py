@@ -22,6 +22,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from graphopt.ir import gradients
+from graphopt.ir.backwards import settle
 from graphopt.ir.functional import Normalizer
 from graphopt.ir.graph import Graph, Signature, State, parameters_of
 from graphopt.ir.interpret import Interpreter
@@ -61,42 +63,59 @@ def capture(
         CaptureError: if no rung of the ladder gives a graph that computes what the module does.
     """
     kwargs = dict(kwargs or {})
-    expected, deterministic = reference_run(model, args, kwargs)
+    with gradients.counted() as called:
+        expected, deterministic = reference_run(model, args, kwargs)
     attempts: dict[str, str] = {}
-    for name, rung in _ladder(model, args, kwargs, dynamic_shapes):
-        try:
-            # A trace may run parts of the module for real. Gradients are on, or export would not
-            # see where the model turns them off.
-            with (
-                _quiet(),
-                restored(model),
-                _attributes_kept(model),
-                torch.enable_grad(),
-                _DataDetached(),
-            ):
-                program = rung()
-            graph = from_exported(program, model, args, kwargs)
-            difference = misfit(graph, args, kwargs)
-            if deterministic and not difference:
-                difference = disagreement(graph, args, kwargs, expected)
-            if deterministic and not difference and graph.mutated:
-                difference = drift(graph, model, args, kwargs)
-        except Exception as error:
-            attempts[name] = first_line(error)
-            continue
-        if difference:
-            attempts[name] = f"the graph computes something else: {difference}"
-            continue
-        notes = source_notes(model)
-        if not deterministic:
-            notes.append(
-                "two runs of the model differ; the captured graph could not be compared with it"
-            )
-        return Captured(graph, name, notes)
+    for name, rung, custom in _ladder(model, args, kwargs, dynamic_shapes):
+        for keep in (True, False) if custom and called.count else (False,):
+            try:
+                graph, calls = _traced(model, args, kwargs, rung, keep)
+                difference = misfit(graph, args, kwargs)
+                if deterministic and not difference:
+                    difference = disagreement(graph, args, kwargs, expected)
+                if deterministic and not difference and graph.mutated:
+                    difference = drift(graph, model, args, kwargs)
+            except Exception as error:
+                attempts[name] = first_line(error)
+                continue
+            if difference:
+                attempts[name] = f"the graph computes something else: {difference}"
+                continue
+            notes = source_notes(model) + gradients.notes(called, calls)
+            if not deterministic:
+                notes.append(
+                    "two runs of the model differ; the captured graph could not be compared with it"
+                )
+            return Captured(graph, name, notes)
     raise CaptureError(type(model).__name__, attempts)
 
 
-Rung = tuple[str, Callable[[], Any]]
+def _traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rung: Callable[[], Any],
+    keep: bool,
+) -> tuple[Graph, gradients.Calls]:
+    """The graph that a rung gives, with custom gradients if they are to be kept."""
+    # A trace may run parts of the module for real. Gradients are on, or export would not see where
+    # the model turns them off.
+    with (
+        _quiet(),
+        restored(model),
+        _attributes_kept(model),
+        torch.enable_grad(),
+        _DataDetached(),
+        gradients.kept(keep) as calls,
+    ):
+        program = rung()
+    with _quiet():
+        settle(program.graph_module, calls)
+    return from_exported(program, model, args, kwargs), calls
+
+
+# Its name, what it does, and whether custom gradients can be kept while it does.
+Rung = tuple[str, Callable[[], Any], bool]
 
 
 def _ladder(
@@ -110,19 +129,19 @@ def _ladder(
         )
 
     if dynamic_shapes is not None:
-        yield "export", lambda: export(model, (args, kwargs), dynamic_shapes, False)
-        yield "export strict", lambda: export(model, (args, kwargs), dynamic_shapes, True)
+        yield "export", lambda: export(model, (args, kwargs), dynamic_shapes, False), True
+        yield "export strict", lambda: export(model, (args, kwargs), dynamic_shapes, True), False
         return
     batched = with_dynamic_batch(args, kwargs)
     if batched is not None:
-        yield "export", lambda: export(model, batched[:2], batched[2], False)
-    yield "export static", lambda: export(model, (args, kwargs), None, False)
-    yield "export strict", lambda: export(model, (args, kwargs), None, True)
+        yield "export", lambda: export(model, batched[:2], batched[2], False), True
+    yield "export static", lambda: export(model, (args, kwargs), None, False), True
+    yield "export strict", lambda: export(model, (args, kwargs), None, True), False
 
     def traced() -> Any:
         return export(fx.symbolic_trace(model), (args, kwargs), None, False)
 
-    yield "symbolic trace", traced
+    yield "symbolic trace", traced, False
 
 
 def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

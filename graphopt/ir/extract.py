@@ -30,6 +30,7 @@ from graphopt.ir.rewrite import Rewriter, describe
 from graphopt.ir.value import Value
 
 Found = tuple[Value, Affine, ops.Op]
+NORMS = (ops.LayerNorm, ops.RMSNorm, ops.GroupNorm)
 
 
 def extract(rw: Rewriter, value: Value, sources: tuple[type, ...]) -> Found:
@@ -43,10 +44,14 @@ def extract(rw: Rewriter, value: Value, sources: tuple[type, ...]) -> Found:
     if isinstance(op, ops.BatchNorm):
         rw.require(not op.uses_batch_statistics, "it normalizes with batch statistics")
         inner, by = op.input, Affine(1, *op.scale_and_shift())
+    elif isinstance(op, NORMS):
+        inner, by = _plain(rw, op)
     else:
         inner, by = written(rw, op)  # type: ignore[arg-type]
     ways = _PASSING if by.shift is None else _AFFINE
-    others = [user for user in op.out.users if not _takes_input_side(rw, user, ways)]
+    # A norm shifts at no cost: a map over the positions of a padded convolution would cost more.
+    padded = by.shift is None or not isinstance(op, NORMS)
+    others = [user for user in op.out.users if not _takes_input_side(rw, user, ways, padded)]
     rw.require(
         not others,
         "its output is also read by "
@@ -56,12 +61,29 @@ def extract(rw: Rewriter, value: Value, sources: tuple[type, ...]) -> Found:
     return inner, by, op
 
 
-def _takes_input_side(rw: Rewriter, user: Any, ways: tuple[type, ...]) -> bool:
-    """Whether a reader could take in a scale and shift: an affine op, or a way to one."""
+def _plain(rw: Rewriter, norm: Any) -> tuple[Value, Affine]:
+    """A norm without its gain and shift, and these two."""
+    scale, shift = norm.weight, getattr(norm, "bias", None)
+    rw.match(scale is not None or shift is not None)
+    if isinstance(norm, (ops.LayerNorm, ops.RMSNorm)):
+        rw.require(len(norm.normalized_shape) == 1, "it normalizes over several axes")
+        axis = norm.input.ndim - 1
+    else:
+        axis = 1
+    names = [name for name in ("weight", "bias") if hasattr(norm, name)]
+    plain = rw.emit_once(norm.replace(**dict.fromkeys(names)), like=norm)
+    return plain, Affine(axis, scale, shift)
+
+
+def _takes_input_side(rw: Rewriter, user: Any, ways: tuple[type, ...], padded: bool) -> bool:
+    """Whether a reader could take in a scale and shift: an affine op, or a way to one; `padded`
+    if a convolution that pads with zeros may."""
     op = rw.view(user)
     if isinstance(op, (ops.Conv, ops.Linear)):
-        return True
-    return isinstance(op, ways) and all(_takes_input_side(rw, one, ways) for one in user.users)
+        return padded or isinstance(op, ops.Linear) or not op.pads
+    return isinstance(op, ways) and all(
+        _takes_input_side(rw, one, ways, padded) for one in user.users
+    )
 
 
 # -- into what reads it -------------------------------------------------------------------------
@@ -162,6 +184,17 @@ def _(mean: ops.Mean, rw: Rewriter, sources: tuple[type, ...]) -> Found:
     if axis is not None and not mean.keepdim:
         axis -= sum(dim < axis for dim in mean.dims)
     return rw.emit_like(mean, input=inner), by.at(axis), source
+
+
+@_extract.register(ops.Select)
+@_extract.register(ops.Slice)
+def _(piece: Any, rw: Rewriter, sources: tuple[type, ...]) -> Found:
+    inner, by, source = extract(rw, piece.input, sources)
+    axis, dim = by.axis, piece.dim % piece.input.ndim
+    rw.require(axis != dim, f"{describe(piece.out)} leaves channels out")
+    if axis is not None and isinstance(piece, ops.Select):
+        axis -= dim < axis
+    return rw.emit_like(piece, input=inner), by.at(axis), source
 
 
 @_extract.register

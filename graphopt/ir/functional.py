@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import fx
 
 from graphopt.ir.builder import infer
 from graphopt.ir.graph import GraphError, _updates_statistics
+from graphopt.ir.ops.gradient import TARGET, straight
+from graphopt.ir.sizes import same_shape
 
 aten = torch.ops.aten
 
@@ -29,6 +32,8 @@ _DROPPED = {
 # In-place overloads whose functional twin has another name.
 _TWINS = {
     "aten::bernoulli_.float": "bernoulli.p",
+    "aten::pow_.Scalar": "pow.Tensor_Scalar",
+    "aten::pow_.Tensor": "pow.Tensor_Tensor",
     "aten::normal_": "normal_functional.default",
     "aten::detach_": "detach.default",
     "aten::t_": "t.default",
@@ -227,7 +232,9 @@ class Normalizer:
         ):
             return False
         given: Any = fx.map_arg((source.args, source.kwargs), lambda one: one.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        environment = self.fake_mode.shape_env
+        quiet = nullcontext() if environment is None else environment.suppress_guards()
+        with self.fake_mode, torch.no_grad(), quiet:
             found = target(*given[0], **given[1])
         return bool(found.untyped_storage()._cdata == given[0][0].untyped_storage()._cdata)
 
@@ -293,7 +300,7 @@ class Normalizer:
             node = args[1]
             if node.meta["val"].dtype != like.dtype:
                 node = self._emit(aten.to.dtype, (node, like.dtype), {}, source)
-            if node.meta["val"].shape != like.shape:
+            if not same_shape(node.meta["val"].shape, like.shape):
                 node = self._emit(aten.expand_as.default, (node, current), {}, source)
             return node  # type: ignore[no-any-return]
         if name == "aten::zero_":
@@ -316,8 +323,29 @@ class Normalizer:
             bases.append(self._view(view, bases[-1], index))
         for (view, index), base in reversed(list(zip(place.path, bases, strict=False))):
             node = self._put(view, index, base, node, source)
-        place.cell.contents = node
+        old, place.cell.contents = place.cell.contents, node
         place.cell.version += 1
+        if any(view.target is aten.detach.default for view, _ in place.path):
+            self._unseen(place.cell, old, source)
+
+    def _unseen(self, cell: Cell, old: fx.Node, source: fx.Node) -> None:
+        """A write that autograd did not see: what is read from now on has the gradient of `old`."""
+        node = cell.contents
+        value = node.meta["val"]
+        if self._is_buffer(cell) or not (value.is_floating_point() or value.is_complex()):
+            cell.contents = self._emit(aten.detach.default, (node,), {}, source)
+        else:
+            given: Any = (straight(value), [node], [old], [])
+            marked = self._emit(TARGET, given, {}, source)
+            cell.contents = self._emit(operator.getitem, (marked, 0), {}, source)
+        cell.version += 1
+
+    def _is_buffer(self, cell: Cell) -> bool:
+        return any(
+            node.op == "get_attr" and not node.meta["val"].requires_grad
+            for source, node in self.origin.items()
+            if source in self.places and self.places[source].cell is cell
+        )
 
     def _put(
         self, view: fx.Node, index: int | None, base: fx.Node, node: fx.Node, source: fx.Node
@@ -335,7 +363,7 @@ class Normalizer:
             return emit(aten.slice_scatter.default, base, node, dim, start, start + length)
         if name == "aten::diagonal":
             return emit(aten.diagonal_scatter.default, base, node, *rest)
-        if name in _SAME_VALUE and node.meta["val"].shape == base.meta["val"].shape:
+        if name in _SAME_VALUE and same_shape(node.meta["val"].shape, base.meta["val"].shape):
             return node
         if name in _SAME_ORDER:
             return emit(aten.reshape_as.default, node, base)
@@ -363,6 +391,10 @@ class Normalizer:
             raise Unsupported("an autocast region")
         inner = getattr(module, str(source.args[inner_index].target))  # type: ignore[union-attr]
         operands = source.args[inner_index + 1 :]
+        silent = region.__name__ == "wrap_with_set_grad_enabled" and not source.args[0]
+        before = {
+            place.cell: (place.cell.contents, place.cell.version) for place in self.places.values()
+        } if silent and _writes(inner) else {}  # fmt: skip
         placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
         for inside, outside in zip(placeholders, operands, strict=True):
             if outside in self.places:
@@ -370,16 +402,18 @@ class Normalizer:
             else:
                 self.plain[inside] = self.read(outside)
         self.run(inner)
+        written = {cell: old for cell, (old, version) in before.items() if cell.version > version}
+        for cell, old in written.items():
+            self._unseen(cell, old, source)
         results = next(iter(reversed(inner.graph.nodes))).args[0]
         values = [self.read(result) for result in results]
-        if region.__name__ == "wrap_with_set_grad_enabled" and not source.args[0]:
-            # What a no_grad region computes carries no gradient.
+        if silent:
+            # What a no_grad region computes carries no gradient; what it writes to has that it had.
             values = [
                 self._emit(aten.detach.default, (value,), {}, source)
-                if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
-                else value
-                for value in values
-            ]
+                if result in self.places and self.places[result].cell not in written else value
+                for result, value in zip(results, values, strict=True)
+            ]  # fmt: skip
         for user in list(source.users):
             value = values[user.args[1]]  # type: ignore[index]
             if isinstance(user.meta.get("val"), torch.Tensor):

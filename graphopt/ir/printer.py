@@ -4,7 +4,10 @@
       conv2d: f32[s0, 64, 112, 112] = Conv(x, @conv1.weight, None, stride=(2, 2), ...)  # conv1
       return conv2d
 
-States are written `@name`; fields at their defaults are left out.
+States are written `@name`; fields at their defaults are left out. Below a scan stands its step:
+
+      scan: (f32[4, s0, 8], f32[s0, 8]) = Scan(steps=4, states=(full_like,), xs=(linear,), others=())
+        | step(v, x):  v = v + (x - v) / 2
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir import ops
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph
 from graphopt.ir.value import Value
 
+_PROGRAM: dict[Any, str] = {ops.Scan: "body", ops.WithGradient: "backward"}  # shown below the call
 _SHORT = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
@@ -34,6 +39,7 @@ def text(graph: Graph) -> str:
         if node.op == "call_function":
             where = graph.where(node)
             lines.append(f"  {line(graph, node)}" + (f"  # {where}" if where else ""))
+            lines += [f"    | {one}" for one in below(graph, node)]
         elif node.op == "output":
             lines.append(f"  return {', '.join(_argument(one) for one in node.args[0])}")
     return "\n".join(lines)
@@ -53,7 +59,7 @@ def line(graph: Graph, node: fx.Node) -> str:
         named = False
         for field in dataclasses.fields(op):
             value = getattr(op, field.name)
-            if field.name == "out":
+            if field.name in ("out", _PROGRAM.get(type(op))):
                 continue
             if _is_default(field, value):
                 named = True
@@ -62,6 +68,12 @@ def line(graph: Graph, node: fx.Node) -> str:
             named = named or not plain
             fields.append(f"{field.name}={_argument(value)}" if named else _argument(value))
     return f"{node.name}: {type_text(node)} = {name}({', '.join(fields)})"
+
+
+def below(graph: Graph, node: fx.Node) -> list[str]:
+    """What a call has inside of it: the formulas of a scan's step, or of a gradient."""
+    op = Builder(graph, node).view(node)
+    return op.formulas() if isinstance(op, (ops.Scan, ops.WithGradient)) else []
 
 
 def type_text(node: fx.Node) -> str:

@@ -83,7 +83,7 @@ class Rewriter(Builder):
         (graphopt.ir.storage).
         """
         old = list(old)
-        self._same_storage({op.out.node for op in old})
+        self.stored_once(old)
         before, after = sum(map(self.target.seconds, old)), self._seconds(new)
         self.require(
             after <= before,
@@ -96,8 +96,9 @@ class Rewriter(Builder):
         """Decline silently unless `judge` says that the rewrite pays. No matter of proof."""
         self.match(judge())
 
-    def _same_storage(self, gone: set[fx.Node]) -> None:
-        made = set(self.made)
+    def stored_once(self, old: Iterable[Op]) -> None:
+        """Decline if parameters would be stored beside those there are where `old` goes."""
+        gone, made = {op.out.node for op in old}, set(self.made)
         for operand in set(storage.parameters_read(self.graph, made)):
             if operand.op == "get_attr":
                 continue

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, is_overload
 from graphopt.ir.interpret import Evaluator, lift, lift_dtype, lift_dtypes
+from graphopt.ir.sizes import same_shape
 
 BLOCK = 1 << 16  # elements of a block
 LEAST = 1 << 17  # elements of an expression worth taking apart
@@ -120,7 +121,9 @@ class Tiles:
         if not isinstance(node, fx.Node) or len(node.users) > 1 or _by_rows(node) is None:
             return False
         here, there = node.meta["val"], reader.meta["val"]
-        if here.shape != there.shape or lift_dtype(here.dtype) != lift_dtype(there.dtype):
+        if not same_shape(here.shape, there.shape) or lift_dtype(here.dtype) != lift_dtype(
+            there.dtype
+        ):
             return False
         if node.op == "get_attr":  # a lifted copy, unless it is in float64 already
             state = self.graph.states[str(node.target)]

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from graphopt.ir import ops
-from graphopt.ir.affine import fixed, same
+from graphopt.ir.affine import fixed, same, same_shape
 from graphopt.ir.ops.base import hint
 from graphopt.ir.rewrite import describe
 from graphopt.ir.value import Value
@@ -326,7 +326,7 @@ def _(op: Any, region: Region) -> Step:
         shape = tokens.shaped(labels, op.out.shape)
         if not isinstance(both, Value):
             both = tokens.emit(ops.Full(shape, both, op.out.dtype, op.out.meta.device))
-        return both if both.shape == shape else both.expand(*shape)
+        return both if same_shape(both.shape, shape) else both.expand(*shape)
 
     return Step(op, labels, emit)
 
@@ -521,7 +521,7 @@ def _(op: Any, region: Region) -> Step:
             x = tokens.at(one)
             if x is None:
                 x = tokens.emit(ops.Full(shape, 0.0, one.dtype, one.meta.device))
-            found.append(x if x.shape == shape else x.expand(*shape))
+            found.append(x if same_shape(x.shape, shape) else x.expand(*shape))
         return tokens.emit(op.replace(tensors=tuple(found)))
 
     return Step(op, (*labels[:dim], INSIDE, *labels[dim:]) if new else labels, emit)

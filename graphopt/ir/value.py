@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import fx
 
+from graphopt.ir.sizes import same, same_shape
+
 if TYPE_CHECKING:
     from graphopt.ir.builder import Builder
     from graphopt.ir.ops.base import Op
@@ -131,7 +133,7 @@ class Value:
     def reshape(self, *shape: int) -> Value:
         from graphopt.ir import ops
 
-        if len(shape) == self.ndim and tuple(shape) == self.shape:
+        if same_shape(shape, self.shape):
             return self
         return self.builder.emit(ops.Reshape(self, tuple(shape)))
 
@@ -155,7 +157,7 @@ class Value:
     def narrow(self, dim: int, start: int, length: int) -> Value:
         from graphopt.ir import ops
 
-        if start == 0 and self.shape[dim] == length:
+        if start == 0 and same(self.shape[dim], length):
             return self
         return self.builder.emit(ops.Slice(self, dim, start, start + length))
 

@@ -18,13 +18,13 @@ from math import prod
 from graphopt.ir import ops
 from graphopt.ir.absorb import absorb
 from graphopt.ir.affine import same, written
-from graphopt.ir.extract import into_conv, into_linear
+from graphopt.ir.extract import NORMS, into_conv, into_linear
 from graphopt.ir.ops import plus, widen
 from graphopt.ir.rewrite import Rewriter, describe, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
-_WRITTEN = (ops.Mul, ops.Div, ops.Add, ops.Sub)
+_SOURCES = (ops.Mul, ops.Div, ops.Add, ops.Sub, *NORMS)
 
 
 @rewrite
@@ -37,15 +37,19 @@ def absorb_number(op: ops.Mul | ops.Div | ops.Add | ops.Sub, rw: Rewriter) -> Va
 
 @rewrite
 def absorb_into_linear(linear: ops.Linear, rw: Rewriter) -> Value:
-    """Scales and shifts of what a linear map reads move into it."""
-    return into_linear(rw, linear, _WRITTEN)
+    """Scales and shifts of what a linear map reads move into it, a norm's gain and shift too."""
+    folded = into_linear(rw, linear, _SOURCES)
+    rw.stored_once([linear])
+    return folded
 
 
 @rewrite
 def absorb_into_conv(conv: ops.Conv, rw: Rewriter) -> Value:
     """Scales and shifts of what a convolution reads move into it: a mean and a standard deviation,
-    for example."""
-    return into_conv(rw, conv, _WRITTEN)
+    for example, or a norm's gain and shift."""
+    folded = into_conv(rw, conv, _SOURCES)
+    rw.stored_once([conv])
+    return folded
 
 
 @rewrite

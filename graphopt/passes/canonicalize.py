@@ -13,6 +13,7 @@ from graphopt.ir.contracts import Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, is_pure
 from graphopt.ir.rewrite import Rewriter, rewrite
+from graphopt.ir.sizes import same_shape
 from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 
@@ -43,7 +44,7 @@ def uniform(operand: Any) -> float | None:
 
 def _same_type(value: Value, rw: Rewriter, out: Value) -> Value:
     """`value`, if it has the dtype and shape of what it replaces; declines silently otherwise."""
-    rw.match(value.dtype == out.dtype and value.shape == out.shape)
+    rw.match(value.dtype == out.dtype and same_shape(value.shape, out.shape))
     return value
 
 
@@ -194,7 +195,7 @@ def merge_reshapes(outer: ops.Reshape, rw: Rewriter) -> Value:
     it in common, as the maps of one input need."""
     inner = rw.producer(outer.input, ops.Reshape)
     shape = outer.out.shape
-    if shape == inner.input.shape:
+    if same_shape(shape, inner.input.shape):
         return inner.input
     rw.match(rw.only_user(inner, outer))
     rw.match(sum(not isinstance(size, int) for size in shape) <= 1)

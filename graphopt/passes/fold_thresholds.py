@@ -8,141 +8,234 @@ an eval-mode batch norm in front of a spike (MPBN, Guo et al., arXiv 2308.08359)
 channel, costs no more than the threshold that was there. What is compared may be read elsewhere, as a
 membrane potential is; what is only there to be compared goes away.
 
-The published fold, (theta - bias) sqrt(var) / weight + mean, leaves out the negative and the zero scale and
-eps. Spikes are equal but where the source is within rounding of a tie, which the check of every site counts.
-Source: reference/transformations.md 2.1.
+    sign(s x + t)     =   sign(sgn(s) x + t / |s|),         with 0 for the sign of 0, as torch has it
+
+for binary networks: the signs go into the map that computes x, or into those that read the result. Where
+x is a map of integers, as an XNOR convolution is, the threshold goes halfway between two integers, and
+nothing about the result is rounded (docs/thresholds.md). A threshold of the run that is smaller than x
+stays one (INSTA-BNN, arXiv 2204.07439).
+
+The published fold of MPBN, (theta - bias) sqrt(var) / weight + mean, leaves out the negative and the zero
+scale and eps. Spikes are equal but where the source is within rounding of a tie, which the check of every
+site counts. Source: reference/transformations.md 2.1, 3.11.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from graphopt.ir import ops
-from graphopt.ir.affine import combined, fixed, same_shape, total
-from graphopt.ir.ops import widen
-from graphopt.ir.rewrite import Rewriter, describe, rewrite
+from graphopt.ir.affine import fixed, same_shape
+from graphopt.ir.rewrite import Rewrite, Rewriter, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
+from graphopt.passes.thresholds import steps
+from graphopt.passes.thresholds.chain import AROUND, Chain, collect, is_sign
+from graphopt.passes.thresholds.emit import sign_of, turned
+from graphopt.passes.thresholds.facts import Facts
+from graphopt.passes.thresholds.integral import between, integral
 
-_AROUND = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-_AFFINE = (ops.BatchNorm, ops.Neg, ops.Mul, ops.Div, ops.Add, ops.Sub)
 _COMPARED = "a comparison is no polynomial; tests/passes/test_fold_thresholds.py takes the three signs apart"
 
 
 @rewrite(unproved=_COMPARED)
 def fold_threshold(compare: ops.Compare, rw: Rewriter) -> Value:
     """Scales and shifts in front of a comparison move into what it compares with."""
-    rw.match(compare.relation in _AROUND)
+    return _compared(compare, rw, Facts(rw.graph))
+
+
+@rewrite(unproved=_COMPARED)
+def fold_sign(sign: ops.Sign, rw: Rewriter) -> Value:
+    """Scales and shifts in front of a sign go into the maps around it, or become a threshold."""
+    return _signed(sign, rw, Facts(rw.graph))
+
+
+@rewrite(unproved=_COMPARED)
+def choice_as_sign(where: ops.Where, rw: Rewriter) -> Value:
+    """1 where an integer is above a threshold, else -1: the sign of what is left above it."""
+    return _chosen(where, rw, Facts(rw.graph))
+
+
+@rewrite(unproved=_COMPARED)
+def choice_of_numbers(where: ops.Where, rw: Rewriter) -> Value:
+    """A choice between tensors of one number each, such as ones_like(x), is one between the numbers."""
+    given = [one for one in (where.left, where.right) if isinstance(one, Value)]
+    rw.match(any(not one.is_constant for one in given))
+    high, low = steps.uniform(where.left), steps.uniform(where.right)
+    rw.match(high is not None and low is not None)
+    rw.match(same_shape(where.condition.shape, where.out.shape))
+    first = rw.emit(ops.Full((), high, where.out.dtype, where.out.meta.device))  # type: ignore[arg-type]
+    return rw.emit(ops.Where(where.condition, first, low), like=where)  # type: ignore[arg-type]
+
+
+@rewrite(unproved=_COMPARED)
+def step_of_step(outer: ops.Sign | ops.Compare, rw: Rewriter) -> Value:
+    """A sign or comparison of what takes two or three numbers as values takes them itself."""
+    if isinstance(outer, ops.Sign):
+        step = steps.read(outer.input)
+        rw.match(step is not None)
+        assert step is not None
+        step = steps.after_sign(step)
+        if step.values == steps.SIGN and step.right == 0.0 and isinstance(step.left, Value):
+            return rw.emit(ops.Sign(step.left), like=outer)
+        return steps.choice(rw, step, outer)
+    number, step = steps.uniform(outer.right), steps.read(outer.left)
+    rw.match(number is not None and step is not None)
+    assert number is not None and step is not None
+    found = steps.after_comparison(step, outer.relation, number)
+    rw.match(found.relation is not None)
+    assert found.relation is not None
+    return rw.emit(ops.Compare(found.left, found.right, found.relation), like=outer)
+
+
+@rewrite(unproved=_COMPARED)
+def step_as_choice(op: ops.Mul | ops.Div | ops.Add | ops.Sub, rw: Rewriter) -> Value:
+    """2 [x > t] - 1 and its like: 1 where x > t, else -1."""
+    step = steps.read(op.out)
+    rw.match(step is not None)
+    assert step is not None
+    rw.match(sorted(set(step.values)) == [-1.0, 1.0])
+    return steps.choice(rw, step, op)
+
+
+@rewrite(unproved=_COMPARED)
+def heaviside_as_comparison(op: ops.Heaviside, rw: Rewriter) -> Value:
+    """heaviside(x, 1) = [x >= 0], heaviside(x, 0) = [x > 0]."""
+    at_zero = steps.uniform(op.right)
+    rw.match(at_zero in (0.0, 1.0) and isinstance(op.left, Value))
+    assert isinstance(op.left, Value)
+    rw.match(same_shape(op.left.shape, op.out.shape))
+    relation = "ge" if at_zero else "gt"
+    return rw.emit(ops.Compare(op.left, 0.0, relation), like=op).to(op.out.dtype)
+
+
+# -- how ------------------------------------------------------------------------------------------
+
+
+def _compared(compare: ops.Compare, rw: Rewriter, facts: Facts) -> Value:
+    rw.match(compare.relation in AROUND)
     value, threshold, relation = compare.left, compare.right, compare.relation
-    if fixed(value):
-        value, threshold, relation = threshold, value, _AROUND[relation]
+    if fixed(value) or (isinstance(threshold, Value) and _smaller(value, threshold)):
+        value, threshold, relation = threshold, value, AROUND[relation]
     rw.match(isinstance(value, Value) and value.dtype.is_floating_point)
-    assert isinstance(value, Value)
-    inner, scale, shift = _collected(rw, value, compare)
-    rw.match(shift is not None or not _is_sign(scale))
+    assert isinstance(value, Value) and not isinstance(threshold, complex)
     if isinstance(threshold, Value) and not threshold.is_constant:
-        rw.require(
-            not same_shape(threshold.shape, value.shape),
-            "the threshold is another value of the same size, which would have to be scaled instead",
-        )
-    if shift is not None:
-        threshold = _wide(threshold) - _wide(shift)
-    if isinstance(scale, Value):
-        scale = widen(scale)
-        zero = rw.emit(ops.Compare(scale, 0.0, "eq"))
-        size = rw.emit(ops.Abs(scale)) + zero.to(scale.dtype)
-        threshold = _wide(threshold) * rw.emit(ops.Reciprocal(size))
-        inner = inner * (scale / size).to(inner.dtype)
-    elif scale is not None:
-        rw.match(scale != 0)
-        threshold = _wide(threshold) / scale
-        relation = relation if scale > 0 else _AROUND[relation]
-    if isinstance(threshold, Value):
-        threshold = threshold.to(value.dtype)
-    return rw.emit(ops.Compare(inner, threshold, relation), like=compare)
-
-
-def _collected(
-    rw: Rewriter, value: Value, reader: ops.Op
-) -> tuple[Value, Value | float | None, Value | float | None]:
-    """x, s and t with s x + t = value, all scales and shifts on the way together."""
-    first, scale, shift = value, None, None
-    while isinstance(op := value.op, _AFFINE):
-        found = _scaled(rw, op)
-        if found is None or not _alike(found[0], value):
-            break
-        if not rw.only_user(value, reader):
-            rw.require(
-                value != first,
-                f"{describe(value)} is read elsewhere too, so it has to be computed",
+        rw.match(value.op is not None)
+        small = _smaller(threshold, value)
+        if not small:
+            collect(rw, value, compare, None, relation, facts)
+            rw.decline(
+                "the threshold is another value of the same size, which would have to be scaled instead"
             )
-            break
-        value, inner_scale, inner_shift = found
-        moved = inner_shift if inner_shift is None else combined(inner_shift, scale)
-        scale, shift = combined(scale, inner_scale), total(moved, shift)
-        reader = op
-    rw.match(value != first)
-    return value, scale, shift
+    chain = collect(rw, value, compare, threshold, relation, facts)
+    chain, known = integral(rw, chain, facts)
+    rw.match(chain.shift is not None or chain.through
+             or (chain.scale is not None and not is_sign(chain.scale)))  # fmt: skip
+    sign, moved = chain.normal(rw, facts)
+    if known is not None:
+        moved = between(rw, moved, known)
+    inner = chain.value
+    if isinstance(sign, Value):
+        inner = turned(rw, chain, sign)
+    elif sign is not None:
+        relation, moved = AROUND[relation], moved if moved is None else -moved
+    if isinstance(moved, Value):
+        moved = moved.to(value.dtype)
+    result = rw.emit(ops.Compare(inner, 0.0 if moved is None else moved, relation), like=compare)
+    if chain.at_run_time:
+        rw.pays((*chain.off, compare), result)
+    return result
 
 
-def _scaled(rw: Rewriter, op: ops.Op) -> tuple[Value, Any, Any] | None:
-    """x, s and t of s x + t, of shapes that broadcast with x, in at least float32; None for s of 1 and
-    for t of 0. None for what is no scale and shift by parameters or numbers."""
-    if isinstance(op, ops.BatchNorm):
-        rw.require(
-            not op.uses_batch_statistics,
-            f"{describe(op.out)} normalizes with batch statistics; call model.eval() before optimizing",
-        )
-        shape = (-1, *(1,) * (op.input.ndim - 2))
-        scale, shift = op.scale_and_shift()
-        return op.input, scale.reshape(*shape), shift.reshape(*shape)
-    if isinstance(op, ops.Neg):
-        return op.input, -1.0, None
-    assert isinstance(op, (ops.Mul, ops.Div, ops.Add, ops.Sub))
-    left, right = op.left, op.right
-    if fixed(left) and not isinstance(op, ops.Div):
-        if isinstance(op, ops.Sub):  # t - x
-            return None if fixed(right) else (right, -1.0, _wide(left))  # type: ignore[return-value]
-        left, right = right, left
-    if fixed(left) or not fixed(right) or isinstance(right, complex):
-        return None
-    assert isinstance(left, Value)
-    if isinstance(op, ops.Add):
-        return left, None, _wide(right)
-    if isinstance(op, ops.Sub):
-        return left, None, -_wide(right)
-    if isinstance(right, Value):
-        right = widen(right)
-        return left, rw.emit(ops.Reciprocal(right)) if isinstance(op, ops.Div) else right, None
-    if right == 0:
-        return None
-    return left, 1 / right if isinstance(op, ops.Div) else right, None
+def _signed(sign: ops.Sign, rw: Rewriter, facts: Facts) -> Value:
+    rw.match(sign.input.dtype.is_floating_point and not sign.input.is_constant)
+    exact = facts.integers.of(sign.input) is not None
+    chain = collect(rw, sign.input, sign, None, None, facts)
+    chain, known = integral(rw, chain, facts)
+    scaled = chain.scale is not None and chain.scale != -1 and not is_sign(chain.scale)
+    rw.match(scaled or chain.through or (known is not None and not exact))
+    turn, moved = chain.normal(rw, facts)
+    if known is not None:
+        moved = between(rw, moved, known)
+    return sign_of(rw, chain, turn, moved, known, sign)
 
 
-def _alike(inner: Value, value: Value) -> bool:
-    return same_shape(inner.shape, value.shape) and inner.dtype == value.dtype
+# A choice of 1 where y is in a relation to theta, else -1, is one with > or >=, perhaps of -y and -theta.
+_CHOSEN = {
+    ("gt", 1.0): (False, "gt"), ("ge", 1.0): (False, "ge"),
+    ("lt", 1.0): (True, "gt"), ("le", 1.0): (True, "ge"),
+    ("gt", -1.0): (True, "ge"), ("ge", -1.0): (True, "gt"),
+    ("lt", -1.0): (False, "ge"), ("le", -1.0): (False, "gt"),
+}  # fmt: skip
 
 
-def _is_sign(scale: Any) -> bool:
-    """Whether this is what `fold_threshold` leaves of a scale."""
-    op = scale.op if isinstance(scale, Value) else None
-    while isinstance(op, (ops.Cast, ops.Reshape)):
-        op = op.input.op
-    if not isinstance(op, ops.Div) or not isinstance(op.right, Value):
+def _chosen(where: ops.Where, rw: Rewriter, facts: Facts) -> Value:
+    high, low = steps.uniform(where.left), steps.uniform(where.right)
+    rw.match(high is not None and low is not None and (high, low) in ((1.0, -1.0), (-1.0, 1.0)))
+    compare = rw.producer(where.condition, ops.Compare)
+    value, threshold, relation = compare.left, compare.right, compare.relation
+    rw.match((relation, high) in _CHOSEN and isinstance(value, Value) and fixed(threshold))
+    assert isinstance(value, Value) and high is not None and not isinstance(threshold, complex)
+    rw.match(value.dtype == where.out.dtype and same_shape(value.shape, where.out.shape))
+    rw.match(rw.only_user(compare, where))
+    around, relation = _CHOSEN[relation, high]
+    chain = collect(rw, value, compare, threshold, None, facts)
+    chain, known = integral(rw, chain, facts)
+    rw.match(known is not None)
+    assert known is not None
+    if around:
+        chain = _around(chain)
+    turn, moved = chain.normal(rw, facts)
+    moved = between(rw, moved, known, relation)
+    return sign_of(rw, chain, turn, moved, known, where, into_map=True)
+
+
+def _around(chain: Chain) -> Chain:
+    """-(s x + t) against -theta."""
+    scale, shift, threshold = (
+        one if one is None else -one for one in (chain.scale, chain.shift, chain.threshold)
+    )
+    scale = -1.0 if scale is None else scale
+    return dataclasses.replace(chain, scale=scale, shift=shift, threshold=threshold)
+
+
+def _smaller(one: Any, other: Any) -> bool:
+    """Whether a value is broadcast to the shape of another one."""
+    if not isinstance(one, Value) or not isinstance(other, Value):
         return False
-    size = op.right.op
-    absolute = size.left.op if isinstance(size, ops.Add) and isinstance(size.left, Value) else None
-    return isinstance(absolute, ops.Abs) and absolute.input == op.left
-
-
-def _wide(one: Any) -> Any:
-    return widen(one) if isinstance(one, Value) else one
+    return not same_shape(one.shape, other.shape) and one.ndim <= other.ndim and all(
+        (isinstance(a, int) and a == 1) or str(a) == str(b)
+        for a, b in zip(reversed(one.shape), reversed(other.shape), strict=False)
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldThresholds(RewritePass):
-    """Batch norms, scales and shifts in front of comparisons move into thresholds."""
+    """Batch norms, scales and shifts in front of comparisons and signs move into thresholds."""
 
     name = "fold-thresholds"
-    rewrites = (fold_threshold,)
+    rewrites = (
+        heaviside_as_comparison, choice_of_numbers, step_as_choice, step_of_step, fold_threshold,
+        fold_sign, choice_as_sign,
+    )  # fmt: skip
+
+
+def _at_hand(one: Rewrite, function: Callable[..., Value]) -> Rewrite:
+    """A rewrite that takes the values of parameters for granted."""
+    return dataclasses.replace(
+        one, function=lambda op, rw: function(op, rw, Facts(rw.graph, at_hand=True))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SettleThresholds(RewritePass):
+    """As fold-thresholds, for parameters as they are now: positive slopes, weights that are integers."""
+
+    name = "settle-thresholds"
+    rewrites = (
+        heaviside_as_comparison, choice_of_numbers, step_as_choice, step_of_step,
+        _at_hand(fold_threshold, _compared), _at_hand(fold_sign, _signed),
+        _at_hand(choice_as_sign, _chosen),
+    )  # fmt: skip

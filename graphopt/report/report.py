@@ -162,6 +162,11 @@ def _lines(report: Report) -> list[str]:
             f"  verified   float64 {check.float64_error:.1e}; own dtype against float64: source "
             f"{check.source_error:.1e}, optimized {check.error:.1e} (relative)"
         )
+        if check.ties:
+            lines.append(
+                f"             {check.ties:.0f} comparisons of the source are ties; rows that differ "
+                f"behind them: {check.excused:.0f}"
+            )
         if check.reason:
             verdict = "WRONG, but not validated" if report.applied else "NOT APPLIED"
             lines.append(f"             {verdict}: {check.reason}")

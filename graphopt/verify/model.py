@@ -11,6 +11,7 @@ import torch
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter, lift
+from graphopt.verify.choices import Ties, ties_of
 
 # Outputs that cancel to nothing are noise in the source too: how much, its own response to a
 # last-bit change of the inputs tells. This many times as much is allowed.
@@ -23,7 +24,9 @@ class ModelCheck:
 
     `float64_error`: rewritten against source, both in float64: meaning.
     `source_error`, `error`: source and rewritten in the model's own dtype against the source in
-    float64: numerics.
+    float64: numerics. `ties`: comparisons of the source that rounding decides; `excused`: the rows of
+    the batch whose outputs differ by more than `limit` behind such a tie. Both are counted only where
+    outputs differ by more.
     """
 
     float64_error: float = math.nan
@@ -31,6 +34,8 @@ class ModelCheck:
     error: float = math.nan
     limit: float = 1e-10
     reason: str = ""
+    ties: float = 0
+    excused: float = 0
 
     @property
     def ok(self) -> bool:
@@ -50,15 +55,21 @@ def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: floa
         meaning = relative_error(run(result, True), truth)
         before = relative_error(run(source, False), truth)
         after = relative_error(run(result, False), truth)
+        enforced, ties, excused = meaning, Ties(), 0
         if not meaning <= limit:
-            inputs = [nudged(one) for one in inputs]
-            limit = max(limit, NOISE * relative_error(run(source, True), truth))
+            ties, found = ties_of(source, inputs), run(result, True)
+            noise = Interpreter(source, lifted=True, writes=False).run(
+                [nudged(one) for one in inputs]
+            )
+            limit = max(limit, NOISE * relative_error(*ties.spared(noise, truth)))
+            enforced = relative_error(*ties.spared(found, truth))
+            excused = sum(not relative_error(*row) <= limit for row in ties.concerned(found, truth))
     except Exception as error:
         return ModelCheck(limit=limit, reason=f"raised {type(error).__name__}: {error}")
     reason = ""
-    if not meaning <= limit:
-        reason = f"float64 outputs differ by {meaning:.1e} (relative), more than {limit:.0e}"
-    return ModelCheck(meaning, before, after, limit, reason)
+    if not enforced <= limit:
+        reason = f"float64 outputs differ by {enforced:.1e} (relative), more than {limit:.0e}"
+    return ModelCheck(meaning, before, after, limit, reason, ties.count, excused)
 
 
 def nudged(value: Any) -> Any:

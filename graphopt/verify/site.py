@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir import ops
-from graphopt.ir.builder import Builder
 from graphopt.ir.channels import Groups
 from graphopt.ir.contracts import Contract, Exact
 from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
-from graphopt.ir.value import Value
+from graphopt.verify import choices
 from graphopt.verify.bounds import Site
 from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
@@ -126,17 +124,22 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     left, right = _leaves(site.values[old]), _leaves(site.values[new])
     if all(bitwise_equal(a, b) for a, b in zip(left, right, strict=True)):
         return Verdict(True, 0.0, 0.0)
+    tied = [choices.ties(site, one) for one in (old, new)]
     if all(one.dtype is torch.bool for one in (*left, *right)):
-        return _compare_choices(site, old, new)
+        return _compare_choices(site, old, new, tied)
     tolerances = site.tolerance(old), site.tolerance(new)
     if tolerances[0] is None or tolerances[1] is None:
         return Verdict(False, reason=f"no rounding bound is known for {site.unknown}")
-    worst = Verdict(True, 0.0, 0.0)
+    excused = [torch.zeros((), dtype=torch.bool) if one is None else one for one in tied]
+    flips = 0
     ratio = -1.0
     for a, b, s, t in zip(left, right, *map(_leaves, tolerances), strict=True):
         if a.shape != b.shape:
             return Verdict(False, reason=f"shape {list(a.shape)} became {list(b.shape)}")
         same = (a == b) | (a.isnan() & b.isnan())
+        if len(left) == 1 and any(one is not None for one in tied):
+            ties = (excused[0] | excused[1]) & ~same & ~((a - b).abs() <= s + t)
+            flips, same = int(ties.sum()), same | ties
         error = torch.where(same, 0.0, (a - b).abs())
         bound = (s + t).expand_as(error)
         sound = (error <= bound) & bound.isfinite()  # nan compares false
@@ -149,41 +152,31 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
             ratio = float(relative.flatten()[index])
             worst = Verdict(
                 ok, float(error.flatten()[index]), float(bound.flatten()[index]),
-                "" if ok else "differs by more than rounding can explain",
+                _said(flips, error.numel()) if ok else "differs by more than rounding can explain",
             )  # fmt: skip
         if not ok:
             return worst
     return worst
 
 
-def _compare_choices(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
+def _compare_choices(
+    site: Site, old: fx.Node, new: fx.Node, tied: Sequence[torch.Tensor | None]
+) -> Verdict:
     """Whether two comparisons differ only where one of them is within rounding of a tie."""
     differ = site.values[old] != site.values[new]
-    tied = _ties(site, old) | _ties(site, new)
+    unexplained = differ
+    for one in tied:
+        unexplained = unexplained if one is None else unexplained & ~one
     count = int(differ.sum())
-    if bool((differ & ~tied).any()):
+    if bool(unexplained.any()):
         return Verdict(
             False, reason=f"{count} of {differ.numel()} comparisons differ, not all are ties"
         )
-    return Verdict(
-        True, 0.0, 0.0, f"{count} of {differ.numel()} comparisons are ties that rounding decides"
-    )
+    return Verdict(True, 0.0, 0.0, _said(count, differ.numel()))
 
 
-def _ties(site: Site, node: fx.Node) -> torch.Tensor:
-    """Where both sides of a comparison are equal up to their rounding bounds."""
-    op = Builder(site.graph, node).view(node)
-    found = torch.zeros_like(site.values[node])
-    if isinstance(op, ops.Compare):
-        sides = [one for one in (op.left, op.right) if isinstance(one, Value)]
-        bounds = [site.tolerance(one.node) for one in sides]
-        if all(one is not None for one in bounds):
-            left, right = (
-                site.values[one.node] if isinstance(one, Value) else torch.as_tensor(one)
-                for one in (op.left, op.right)
-            )
-            found = (left - right).abs() <= sum(bounds)
-    return found
+def _said(count: int, total: int) -> str:
+    return f"{count} of {total} comparisons are ties that rounding decides" if count else ""
 
 
 def cut(old: fx.Node, new: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

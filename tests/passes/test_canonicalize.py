@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from tests.helpers import assert_equal, calls, leaves, output_of, snapshot, tensor
+from tests.helpers import Net, assert_equal, calls, leaves, output_of, snapshot, tensor
 
 SHAPE = (2, 3, 4, 5)
 
@@ -371,3 +371,22 @@ def test_canonical_is_canonical() -> None:
     again = graphopt.optimize(once, (x,), passes="canonicalize")
     assert calls(once) == calls(twice) == calls(again)
     assert again.report.applied == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: x[:3] * 2,
+        lambda net, x: x.reshape(-1).reshape(x.shape[0], 4) + torch.ones(3, 1)[: x.shape[0]].sum(),
+        lambda net, x: x.flatten().unflatten(0, (-1, 2)).reshape(-1, 4),
+        lambda net, x: (x * 1)[:3] + 0,
+    ],
+    ids=["slice", "reshape", "twice", "neutral"],
+)
+def test_a_dynamic_size_is_no_size_of_the_example(body):
+    """Three rows in the example are not always three."""
+    model = Net(body)
+    fast = graphopt.optimize(model, (tensor(3, 4),))
+    for rows in (3, 5, 4):
+        x = tensor(rows, 4)
+        assert_equal(fast(x), model(x))

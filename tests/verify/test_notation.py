@@ -467,6 +467,13 @@ def _(d: Draw) -> Drawn:
     return read_call(f"{relation}.{kind}", left, right)
 
 
+@case(ops.Heaviside)
+def _(d: Draw) -> Drawn:
+    shape = d.sizes(1, 3, (0, 3))
+    at_zero = d.tensor(*[1 if d.flag() else size for size in shape][d.int(0, len(shape)) :])
+    return read_call("heaviside", d.tensor(*shape, whole=True), at_zero)
+
+
 @case(ops.Where)
 def _(d: Draw) -> Drawn:
     shape = d.sizes(1, 3, (1, 3))
@@ -486,7 +493,7 @@ def _(d: Draw) -> Drawn:
 @case(
     ops.Neg, ops.Rsqrt, ops.Reciprocal, ops.Sqrt, ops.Relu, ops.Silu, ops.Sigmoid, ops.Tanh,
     ops.Hardswish, ops.Hardsigmoid, ops.Mish, ops.Exp, ops.Log, ops.Abs, ops.Erf, ops.Sin, ops.Cos,
-    ops.Detach,
+    ops.Detach, ops.Sign,
 )  # fmt: skip
 def _(d: Draw, cls: Any) -> Drawn:
     positive = cls in (ops.Rsqrt, ops.Sqrt, ops.Log)
@@ -862,9 +869,9 @@ CLASSES = sorted({cls for found in TABLE.values() for cls in found}, key=lambda 
 # An entry of these is an unknown element: operands and options determine it, nothing more is known.
 UNKNOWN = {
     ops.Conj, ops.Embedding, ops.Fourier, ops.Gather, ops.Imag, ops.Index, ops.IndexSelect,
-    ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool, ops.Real, ops.Split,
+    ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool, ops.Real, ops.Scan, ops.Split, ops.WithGradient,
 }  # fmt: skip
-NO_SIZES = {ops.Split}  # its output is a list
+NO_SIZES = {ops.Scan, ops.Split, ops.WithGradient}  # their output is a list
 
 
 def has_entry(cls: type[Op]) -> bool:

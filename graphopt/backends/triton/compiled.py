@@ -21,6 +21,9 @@ from graphopt.backends.triton.decompose import decompose, fake_inputs, is_impure
 from graphopt.backends.triton.graphs import Graphs, may_capture
 from graphopt.backends.triton.partition import partition
 from graphopt.backends.triton.region import Region
+from graphopt.ir.ops.gradient import TARGET as WITH_GRADIENT
+
+MOST_PROGRAMS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +40,28 @@ class Kernel:
     source: str
 
 
+_GRADIENTS = {torch.ops.aten.detach.default, WITH_GRADIENT}
+
+
 class Program:
-    """A module compiled for the devices and dtypes of some inputs.
+    """A module compiled for the devices and dtypes of some inputs; for their very sizes if `fixed`.
 
     Attributes:
         regions: the generated kernels.
         outside: the framework's ops, and for each how many and why; views are not counted.
         coverage: how many pointwise ops and reductions there are, and how many are in kernels.
+        notes: what should have become a kernel and failed to.
     """
 
-    def __init__(self, module: fx.GraphModule, leaves: list[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, leaves: list[Any], fixed: bool = False) -> None:
         if reason := _unsupported(module, leaves):
             raise BackendError(reason)
         environment = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         mode = FakeTensorMode(shape_env=environment)
-        inputs = fake_inputs(module, mode, leaves)
+        inputs = fake_inputs(module, mode, leaves, fixed)
         graph, reasons = decompose(module, inputs, mode)
-        self.regions = partition(graph, reasons)
+        self.notes: list[str] = []
+        self.regions = partition(graph, reasons, self.notes)
         self.outside, self.coverage = _told(graph, self.regions, reasons)
         self.module = _assembled(module, graph, self.regions, by_operators=False)
         self.graphs = Graphs(self.module)
@@ -92,13 +100,17 @@ class Program:
 class Compiled:
     """A callable with the module's signature.
 
-    Calls that need gradients go through the kernels' operators (`operators`).
+    Calls that need gradients go through the kernels' operators (`operators`); where the source cuts or
+    replaces a gradient (`detach`, a custom backward), which primitive ops no longer show, through the
+    framework's.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.programs: dict[Any, Program] = {}
-        self.notes: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._settled: set[Any] = set()
+        self._own_gradients = any(node.target in _GRADIENTS for node in module.graph.nodes)
         in_spec: Any = module._in_spec
         self._out_spec: Any = module._out_spec
         args_spec, kwargs_spec = in_spec.children()
@@ -107,12 +119,12 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = list(args) if self._flat else pytree.tree_leaves((args, kwargs))
         program = self.program(leaves)
-        if program.empty(leaves):  # torch knows what a softmax of nothing is
-            return self.module(*args, **kwargs)
-        if not program.holds(leaves):
-            self.notes["sizes outside of what was compiled for: the framework's kernels"] += 1
+        if program is None:  # torch knows what a softmax of nothing is
             return self.module(*args, **kwargs)
         if torch.is_grad_enabled() and self._needs_gradients(leaves):
+            if self._own_gradients:
+                self._calls["gradients that the source sets itself: the framework's kernels"] += 1
+                return self.module(*args, **kwargs)
             found = program.operators(*leaves)
         elif may_capture(leaves, program.writes):
             found = program.graphs(leaves)
@@ -120,17 +132,50 @@ class Compiled:
             found = program.module(*leaves)
         return pytree.tree_unflatten(found, self._out_spec)
 
-    def program(self, leaves: list[Any]) -> Program:
-        key = tuple(
+    def program(self, leaves: list[Any]) -> Program | None:
+        """The program for some inputs; None if there is none, and the framework's ops must do.
+
+        An op that needs to know a size makes a program for one size alone, or for some: others
+        get programs of their own, up to a number of them.
+        """
+        key: Any = tuple(
             (one.dtype, one.device) if isinstance(one, torch.Tensor) else one for one in leaves
         )
-        if key not in self.programs:
-            self.programs[key] = Program(self.module, leaves)
-        return self.programs[key]
+        if key not in self.programs and key not in self._settled:
+            made = Program(self.module, leaves)
+            if made.empty(leaves) or made.holds(leaves):
+                self.programs[key] = made
+            else:
+                self._settled.add(
+                    key
+                )  # for another size than the given one, at which it was traced
+        program = self.programs.get(key)
+        if program.empty(leaves) if program else any(0 in s for s in _shapes(leaves)):
+            return None
+        if program is not None and program.holds(leaves):
+            return program
+        shapes = _shapes(leaves)
+        if (key, shapes) not in self.programs:
+            if len(self.programs) >= MOST_PROGRAMS:
+                self._calls["more sizes than programs for them: the framework's kernels"] += 1
+                return None
+            self.programs[key, shapes] = Program(self.module, leaves, fixed=True)
+        return self.programs[key, shapes]
 
     def _needs_gradients(self, leaves: list[Any]) -> bool:
         tensors = [one for one in leaves if isinstance(one, torch.Tensor)]
         return any(one.requires_grad for one in (*tensors, *self.module.parameters()))
+
+    @property
+    def notes(self) -> Counter[str]:
+        """What was not as it should be, and how often: regions that failed to become a kernel, or
+        to run, and calls with sizes that were not compiled for."""
+        found = self._calls.copy()
+        for program in self.programs.values():
+            found.update(program.notes)
+            for region in program.regions:
+                found.update(region.notes)
+        return found
 
     @property
     def outside(self) -> dict[str, str]:
@@ -146,6 +191,10 @@ class Compiled:
                 for one in program.regions
             )  # fmt: skip
         return ()
+
+
+def _shapes(leaves: list[Any]) -> tuple[torch.Size, ...]:
+    return tuple(one.shape for one in leaves if isinstance(one, torch.Tensor))
 
 
 def _unsupported(module: fx.GraphModule, leaves: list[Any]) -> str:
@@ -190,7 +239,8 @@ def _told(
 def _assembled(
     module: fx.GraphModule, graph: fx.Graph, regions: list[Region], by_operators: bool = False
 ) -> fx.GraphModule:
-    """The graph with every region as one call; writes to states and inputs come last."""
+    """The graph with every region as one call, of which `meta["region"]` tells; writes to states and
+    inputs come last."""
     owner = {node: region for region in regions for node in region.nodes}
     twin = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -207,6 +257,7 @@ def _assembled(
                 call = twin.call_function(
                     target, tuple(map(ensure, (*region.inputs, *region.sizes)))
                 )
+                call.meta["region"] = region
                 single = by_operators and len(region.outputs) == 1  # as an operator has it
                 for position, one in enumerate(region.outputs):
                     made[one] = call if single else twin.call_function(

@@ -12,7 +12,7 @@ node's `meta` holds.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, reduce
 from typing import Any
 
@@ -116,10 +116,11 @@ class _Recorder:
         return self._sizes[expression]
 
     def _expression(self, expression: Any, like: torch.SymInt) -> fx.Node:
+        environment = like.node.shape_env
+        example = getattr(environment, "guarding_hint_or_throw", environment.size_hint)
+
         def value(one: Any) -> Any:
-            return like.node.shape_env.create_symintnode(
-                one, hint=int(like.node.shape_env.size_hint(one))
-            )
+            return environment.create_symintnode(one, hint=int(example(one)))
 
         def part(one: Any) -> Any:
             return int(one) if one.is_Integer else self.size(value(one))
@@ -170,24 +171,24 @@ class _Recorder:
             return self._python(target, args, kwargs)
         if target in kinds.SAME and kinds.SAME[target](*args, **kwargs):
             return args[0]
-        if target in rules.RULES:
-            with _Recording(self):
-                found = rules.RULES[target](*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        if target not in kinds.KEPT:
-            with _Recording(self):
-                if target in _table():
-                    found = _table()[target](*args, **kwargs)
-                elif target._can_decompose():
-                    found = target.decompose(*args, **kwargs)
-                else:
-                    found = NotImplemented
+        failed = ""
+        for formula in _formulas(target):
+            found, failed = self._tried(formula, args, kwargs)
             if found is not NotImplemented:
                 return found
         with self.mode:
             value = target(*args, **kwargs)
-        return self._emit(target, args, kwargs, value)
+        return self._emit(target, args, kwargs, value, failed)
+
+    def _tried(self, formula: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, str]:
+        """What a formula gives: NotImplemented if it does not apply, with what went wrong if it
+        failed. What it recorded until then is dead."""
+        try:
+            with _Recording(self):
+                return formula(*args, **kwargs), ""
+        except Exception as error:  # torch's own formulas are not for all arguments
+            said = (str(error).strip().splitlines() or [""])[0]
+            return NotImplemented, f"its formula fails: {type(error).__name__}: {said}"
 
     def _python(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = target(*args, **kwargs)
@@ -195,7 +196,8 @@ class _Recorder:
             raise NotImplementedError(f"a symbolic {type(value).__name__}")
         return value
 
-    def _emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> Any:
+    def _emit(self, target: Any, args: Any, kwargs: Any, value: Any, failed: str = "") -> Any:
+        """Record a call; `failed` says why it is not taken apart, if that was tried."""
         if isinstance(value, torch.SymInt):
             return value
         args, kwargs = pytree.tree_map(self.argument, (args, kwargs))
@@ -205,7 +207,7 @@ class _Recorder:
         kind, reason = kinds.classify(node, value)
         node.meta.update(val=value, kind=kind, **self._where)
         if reason:
-            self.reasons[node] = reason
+            self.reasons[node] = failed or reason
         self._give(node, value)
         return value
 
@@ -237,6 +239,17 @@ class _Recording(TorchDispatchMode):
         return self.recorder.run(func, args, dict(kwargs or {}))
 
 
+def _formulas(target: Any) -> Iterator[Callable[..., Any]]:
+    """Ours, then torch's own where the op is not kept whole."""
+    if target in rules.RULES:
+        yield rules.RULES[target]
+    if target not in kinds.KEPT:
+        if target in _table():
+            yield _table()[target]
+        elif target._can_decompose():
+            yield target.decompose
+
+
 @cache
 def _table() -> Mapping[Any, Callable[..., Any]]:
     found: Mapping[Any, Callable[..., Any]] = torch._decomp.core_aten_decompositions()
@@ -254,8 +267,11 @@ def is_impure(node: fx.Node) -> bool:
 # -- the inputs to decompose for ----------------------------------------------------------------
 
 
-def fake_inputs(module: fx.GraphModule, mode: FakeTensorMode, given: Sequence[Any]) -> list[Any]:
-    """Fake tensors like `given`, the sizes that the module leaves open as symbols of `mode`.
+def fake_inputs(
+    module: fx.GraphModule, mode: FakeTensorMode, given: Sequence[Any], fixed: bool = False
+) -> list[Any]:
+    """Fake tensors like `given`, the sizes that the module leaves open as symbols of `mode`, unless
+    they are `fixed`.
 
     A symbol's example is the size given, or the next prime above it where a size of the module (or 0
     or 1) is the same by accident: above, since the module may index up to the size given.
@@ -270,16 +286,19 @@ def fake_inputs(module: fx.GraphModule, mode: FakeTensorMode, given: Sequence[An
         taken |= set(one.shape)
     symbols: dict[str, Any] = {}
     return [
-        _fake(node, leaf, mode, symbols, taken) for node, leaf in zip(nodes, given, strict=True)
+        _fake(node, leaf, mode, symbols, taken, fixed)
+        for node, leaf in zip(nodes, given, strict=True)
     ]
 
 
-def _fake(node: fx.Node, leaf: Any, mode: FakeTensorMode, symbols: Any, taken: set[int]) -> Any:
+def _fake(
+    node: fx.Node, leaf: Any, mode: FakeTensorMode, symbols: Any, taken: set[int], fixed: bool
+) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     shape = []
     for name, size in zip(node.meta["type"]["shape"], leaf.shape, strict=True):
-        if isinstance(name, int):
+        if isinstance(name, int) or fixed:
             shape.append(size)
             continue
         if name not in symbols:

@@ -144,14 +144,18 @@ class Emitter:
 
     def load(self, one: loops.Load, other: str = "", raw: bool = False) -> str:
         """The text of a load; `raw` leaves half types as they are."""
-        symbols = one.offset.free_symbols
-        offset = self.index(one.offset)
+        symbols = loops.axes_of(one)
+        places = {symbol.name: self.emit(position) for symbol, position in one.at}
+        offset = index_text(one.offset, {**self.sizes, **places})
         pointer = f"{one.buffer.name}_ptr" + ("" if offset == "0" else f" + {offset}")
         asked = {symbol for index in one.conditions for symbol in index.free_symbols} - symbols
         for letter, axes in self.letters.items():
             if asked & axes and not symbols & axes:  # a mask is no larger than what it masks
                 pointer += f" + 0 * {letter}"
         mask = self.mask(symbols, one.conditions)
+        for name, (_, position) in zip(places.values(), one.at, strict=True):
+            inside = f"({name} >= 0) & ({name} < {self.bound(position.size)})"
+            mask = f"{mask} & {inside}" if mask else inside
         text = f"tl.load({', '.join(filter(None, [pointer, mask, other if mask else '']))})"
         if one.buffer.dtype != one.dtype and not raw:
             text += f".to({scalars.spelled(one.dtype)})"
@@ -205,10 +209,25 @@ class Emitter:
             inside = " & ".join(map(self.condition, one.conditions))
             then, other = self.emit(one.then), self.emit(one.other)
             self.assign(one, f"tl.where({inside}, {then}, {other})", "chosen")
+        elif isinstance(one, loops.Position):
+            self._position(one)
         elif isinstance(one, loops.Call):
             self._call(one)
         else:
             self.reduced(one)
+
+    def _position(self, one: loops.Position) -> None:
+        """A position, which a kernel compiled with checks refuses if it is outside of its axis."""
+        text, size = self.emit(one.value), self.bound(one.size)
+        if one.wraps:
+            text = f"tl.where({text} < 0, {text} + {size}, {text})"
+        if self.wide and one.value.dtype != torch.int64:
+            text = f"{text}.to(tl.int64)"
+        self.assign(one, text, f"{one.value.buffer.name}_at")
+        name = self.texts[one]
+        mask = self.mask(loops.axes_of(one.value), one.value.conditions)
+        checked = f'({name} >= 0) & ({name} < {size}), "index out of range"'
+        self.line(f"tl.device_assert({checked}{f', mask={mask}' if mask else ''})")
 
     def _call(self, one: loops.Call) -> None:
         entry = scalars.TABLE[one.target]

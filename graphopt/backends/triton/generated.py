@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import sympy
@@ -35,11 +35,13 @@ class Generated(Region):
         """The region of some nodes; raises Outside if they are not one kernel."""
         lowering = Lowering(nodes, domain)
         kernel = lowering.kernel(name, outputs)
-        symbols = size_nodes(nodes[0].graph)
-        return Generated(
+        sizes = size_nodes(kernel.sizes, nodes, lowering.buffers)
+        found = Generated(
             name, "reduction" if domain.reduced else "pointwise", tuple(nodes),
-            tuple(lowering.buffers), tuple(outputs), tuple(symbols[s] for s in kernel.sizes), domain,
+            tuple(lowering.buffers), tuple(outputs), sizes, domain,
         )  # fmt: skip
+        _ = found.source  # what has no text is known now
+        return found
 
     @cached_property
     def kernel(self) -> loops.Kernel | loops.Product:
@@ -110,12 +112,13 @@ class Multiplied(Generated):
         """The region of a product and other nodes; raises Outside if they are not one kernel."""
         lowering = ProductLowering(nodes, product)
         kernel = lowering.product(name, outputs)
-        ProductPrinter(kernel, product.meta["val"].dtype, False)
-        symbols = size_nodes(product.graph)
-        return Multiplied(
+        sizes = size_nodes(kernel.sizes, nodes, lowering.buffers)
+        found = Multiplied(
             name, "product", tuple(nodes), tuple(lowering.buffers), tuple(outputs),
-            tuple(symbols[s] for s in kernel.sizes), lowering.domain, product,
+            sizes, lowering.domain, product,
         )  # fmt: skip
+        _ = found.source
+        return found
 
     def described(self, strided: frozenset[int]) -> loops.Product:
         inputs = frozenset(self.inputs[position] for position in strided)
@@ -138,9 +141,24 @@ def word(node: fx.Node) -> str:
     return re.sub(r"_(tensor|default|scalar|int)$", "", name) or name
 
 
-def size_nodes(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
-    """The node that reads each symbol."""
-    return {
-        size_of(node): node for node in graph.nodes
+def size_nodes(
+    symbols: Sequence[sympy.Symbol], nodes: Sequence[fx.Node], inputs: Iterable[fx.Node]
+) -> tuple[fx.Node, ...]:
+    """The nodes that read the symbols of a kernel, then those that only its views of `inputs` need."""
+    wanted = dict.fromkeys(symbols)
+    seen = set(inputs)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.meta["kind"] == "size":
+            wanted |= dict.fromkeys(sorted(size_of(node).free_symbols, key=str))
+        else:
+            stack += node.all_input_nodes
+    reads = {
+        size_of(node): node for node in nodes[0].graph.nodes
         if node.meta.get("kind") == "size" and size_of(node).is_Symbol
     }  # fmt: skip
+    return tuple(reads[one] for one in wanted)

@@ -73,6 +73,12 @@ def _divided(term: sympy.Expr, d: sympy.Expr) -> sympy.Expr | None:
     return q
 
 
+def _holds(e: sympy.Expr, part: sympy.Expr) -> bool:
+    """Whether every term of `part` is in e, with the same sign and at least as often."""
+    there = e.as_coefficients_dict()
+    return all(there[rest] / count >= 1 for rest, count in part.as_coefficients_dict().items())
+
+
 class Ranges:
     """Axes and their sizes, and what follows for expressions in them."""
 
@@ -135,6 +141,12 @@ class Ranges:
 
     # -- division -----------------------------------------------------------------------------
 
+    def _taken(self, e: sympy.Expr, d: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+        """(q, r) with e = d q + r, as much in q as leaves an r that is not negative: Triton divides
+        toward zero."""
+        q, r = self._split(e, d)
+        return (q, r) if r == 0 or self.nonnegative(r) else (ZERO, sympy.expand(e))
+
     def _split(self, e: sympy.Expr, d: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
         """(q, r) with e = d q + r, as much in q as the terms show."""
         q, r = ZERO, ZERO
@@ -158,7 +170,7 @@ class Ranges:
 
     def quotient(self, e: sympy.Expr, d: sympy.Expr) -> sympy.Expr:
         """floor(e / d)."""
-        q, r = self._split(e, d)
+        q, r = self._taken(e, d)
         if r == 0 or self._below(r, d):
             return q
         g, a, _ = self._common(r, d)
@@ -172,7 +184,7 @@ class Ranges:
 
     def remainder(self, e: sympy.Expr, d: sympy.Expr) -> sympy.Expr:
         """e mod d."""
-        _, r = self._split(e, d)
+        _, r = self._taken(e, d)
         if r == 0 or self._below(r, d):
             return r
         g, a, b = self._common(r, d)
@@ -191,15 +203,17 @@ class Ranges:
                 if not isinstance(base, Remainder):
                     continue
                 a, d = base.args
-                factor, high = term / base, self.quotient(a, d)
-                tries = [(high, a)] + [
+                factor, over = term / base, self.quotient(a, d)
+                tries = [(over, a)] + [
                     (other, Remainder(a, d * other.args[1]))
-                    for other in remainders if other.args[0] == high
+                    for other in remainders if other.args[0] == over
                 ]  # fmt: skip
                 for part, result in tries:
-                    whole = sympy.expand(e - term - factor * d * part + factor * result)
-                    if weight(whole) < weight(e):
-                        return self.joined(whole)
+                    high = sympy.expand(factor * d * part)
+                    if _holds(e, high):
+                        whole = sympy.expand(e - term - high + factor * result)
+                        if weight(whole) < weight(e):
+                            return self.joined(whole)
         return e
 
     # -- shapes -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,10 @@ VIEWS = RESHAPES | {
     aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default,
     aten.select.int, aten.slice.Tensor, aten.flip.default,
 }  # fmt: skip
+# Axes of an operand read at the positions that tensors hold.
+LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}
 # Pointwise, but not elementwise: an element comes from one of several places.
-GATHERING = {aten.cat.default, aten.constant_pad_nd.default}
+GATHERING = {aten.cat.default, aten.constant_pad_nd.default} | LOOKUPS
 CREATION = {
     aten.full.default, aten.arange.start_step, aten.scalar_tensor.default, aten.full_like.default,
 }  # fmt: skip
@@ -44,7 +47,7 @@ WHOLE = PRODUCTS | {
         "scaled_dot_product_attention", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
         "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
         "adaptive_avg_pool3d", "adaptive_max_pool2d", "batch_norm", "instance_norm", "einsum",
-        "embedding", "cdist", "grid_sampler", "conv_transpose1d", "matrix_exp", "dropout")
+        "embedding", "index_select", "cdist", "grid_sampler", "conv_transpose1d", "matrix_exp", "dropout")
 } | {
     aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.lstm.input, aten.gru.input,
     aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
@@ -96,6 +99,44 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """`source` with some axes replaced by the common shape of tensors of positions along them.
+
+    Attributes:
+        indices: the positions along each such axis, by axis.
+        start, rank: where the common axes begin in the result, and how many they are.
+        wraps: negative positions count from the end; otherwise torch refuses them.
+    """
+
+    source: fx.Node
+    indices: dict[int, fx.Node]
+    start: int
+    rank: int
+    wraps: bool
+
+
+def lookup(node: fx.Node) -> Lookup | str:
+    """What a node of `LOOKUPS` reads, or why that is none: a mask as an index."""
+    given = bind(node)
+    if node.target is aten.embedding.default:
+        index = given["indices"]
+        return Lookup(given["weight"], {0: index}, 0, index.meta["val"].ndim, False)
+    source = given["self"]
+    if node.target is aten.index_select.default:
+        dim = given["dim"] % max(source.meta["val"].ndim, 1)
+        if given["index"].meta["val"].ndim != 1:
+            return "an index without an axis"
+        return Lookup(source, {dim: given["index"]}, dim, 1, False)
+    found = {dim: one for dim, one in enumerate(given["indices"]) if one is not None}
+    if any(one.meta["val"].dtype not in (torch.int32, torch.int64) for one in found.values()):
+        return "a mask as an index"
+    dims = list(found)
+    together = dims == list(range(dims[0], dims[0] + len(dims)))
+    rank = max(one.meta["val"].ndim for one in found.values())
+    return Lookup(source, found, dims[0] if together else 0, rank, True)
+
+
 def classify(node: fx.Node, value: Any) -> tuple[str, str]:
     """The kind of a recorded call, and why it is external if a kernel might be expected."""
     target = node.target
@@ -124,6 +165,8 @@ def unsupported(node: fx.Node, value: Any) -> str:
             return "an empty tensor"
         if one.layout is not torch.strided:
             return f"no kernels for the layout {one.layout}"
+    if node.target in LOOKUPS and isinstance(why := lookup(node), str):
+        return why
     places = {one.device for one in found if one.ndim or one.device.type != "cpu"}
     if len(places) > 1:
         return f"operands on {', '.join(sorted(map(str, places)))}"

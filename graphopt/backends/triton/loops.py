@@ -49,15 +49,41 @@ class Expr:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Load(Expr):
-    """buffer[offset]; only where every one of `conditions` is at least 0."""
+    """buffer[offset]; only where every one of `conditions` is at least 0.
+
+    A symbol of the offset may stand for a value: `at` pairs it with the position looked up.
+    """
 
     buffer: Buffer
     offset: sympy.Expr
     conditions: Index = ()
+    at: tuple[tuple[sympy.Symbol, Position], ...] = ()
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        return tuple(value for _, value in self.at)
 
     @property
     def indices(self) -> tuple[sympy.Expr, ...]:
         return (self.offset, *self.conditions)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Position(Expr):
+    """A position along an axis of length `size`, from a tensor; from the end if it is negative and
+    `wraps`. A load at a position outside of the axis reads nothing."""
+
+    value: Load
+    size: sympy.Expr
+    wraps: bool
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+    @property
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return (self.size,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,15 +245,22 @@ def moved(stores: tuple[Store, ...], ranges: Ranges) -> sympy.Expr:
     for one in walk(*(store.value for store in stores)):
         if isinstance(one, Load):
             size = product(one.buffer.shape)
-            reached = product([
-                length for axis, length in ranges.size.items() if axis in one.offset.free_symbols
-            ])  # fmt: skip
+            axes = axes_of(one)
+            reached = product([length for axis, length in ranges.size.items() if axis in axes])
             seen = read.get(one.buffer, sympy.Integer(0)) + reached
             read[one.buffer] = seen if ranges.nonnegative(size - seen) else sympy.Min(size, seen)
     total = sum(count * buffer.dtype.itemsize for buffer, count in read.items())
     for store in stores:
         total += product(store.buffer.shape) * store.buffer.dtype.itemsize
     return sympy.expand(total)
+
+
+def axes_of(load: Load) -> set[sympy.Symbol]:
+    """The axes that the place of a load changes with."""
+    found: set[sympy.Symbol] = set(load.offset.free_symbols)
+    for symbol, position in load.at:
+        found = found - {symbol} | axes_of(position.value)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,8 +72,10 @@ class Lowering:
         )
         self.buffers: dict[fx.Node, loops.Buffer] = {}
         self._values: dict[Any, loops.Expr] = {}
-        self._places: dict[fx.Node, set[Index]] = {}
+        self._places: dict[fx.Node, set[tuple[Index, Index]]] = {}
         self._names: set[str] = set()
+        self._lookups: dict[Any, sympy.Expr] = {}
+        self._positions: dict[sympy.Expr, loops.Position] = {}
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -151,11 +153,13 @@ class Lowering:
         if node not in self.members:
             return self._load(node, index, conditions)
         places = self._places.setdefault(node, set())
-        places.add(index)
+        places.add((index, conditions))
         if len(places) > MOST_PLACES:
             raise Outside(f"{node.name} would be computed {len(places)} times")
         if kind == "reduction":
             return self._reduce(node, index)
+        if node.target in kinds.LOOKUPS:
+            return self._looked_up(node, index, conditions)
         if node.target is aten.cat.default:
             return self._cat(node, index, conditions)
         if node.target is aten.constant_pad_nd.default:
@@ -224,8 +228,13 @@ class Lowering:
         buffer = self.buffers[node]
         offset = sum((i * s for i, s in zip(index, buffer.strides, strict=True)), ZERO)
         key = (node, offset := self.ranges.joined(offset), conditions)
+        at = tuple((s, self._positions[s]) for s in sorted(offset.free_symbols, key=str)
+                   if s in self._positions)  # fmt: skip
+        asked = {s for one in conditions for s in one.free_symbols}
+        if asked & set(self._positions):
+            raise Outside(f"{node.name} is read where a looked-up position allows it")
         dtype = scalars.register(buffer.dtype)
-        return self._values.setdefault(key, loops.Load(dtype, buffer, offset, conditions))
+        return self._values.setdefault(key, loops.Load(dtype, buffer, offset, conditions, at))
 
     def _created(self, node: fx.Node, index: Index) -> loops.Expr:
         given, dtype = kinds.bind(node), self._result(node)
@@ -251,7 +260,7 @@ class Lowering:
         if len(index) == len(shape):
             index = tuple(one for axis, one in enumerate(index) if axis not in axes)
         rows = set().union(*(one.free_symbols for one in self.row_axes))
-        columns = set(self.ranges.size) - rows
+        columns = set().union(*(one.free_symbols for one in self.axes)) - rows
         if any(one.free_symbols & columns for one in kept) or any(
             full[axis].free_symbols & rows for axis in axes
         ):
@@ -266,6 +275,41 @@ class Lowering:
         return loops.Reduce(dtype, node.name, kind, body)
 
     # -- values that come from one of several places -------------------------------------------
+
+    def _looked_up(self, node: fx.Node, index: Index, conditions: Index) -> loops.Expr:
+        """A value at positions that tensors from outside tell."""
+        found = kinds.lookup(node)
+        if isinstance(found, str):
+            raise Outside(found)
+        start, end = found.start, found.start + found.rank
+        rest = iter((*index[:start], *index[end:]))
+        place = []
+        for dim, size in enumerate(views.shape(found.source)):
+            positions = found.indices.get(dim)
+            if positions is None:
+                place.append(next(rest))
+                continue
+            where = views.broadcast(index[start:end], views.shape(positions))
+            value = self.value(positions, where, conditions)
+            place.append(self._position(node, value, size, found.wraps))
+        return self.value(found.source, tuple(place), conditions)
+
+    def _position(
+        self, node: fx.Node, value: loops.Expr, size: sympy.Expr, wraps: bool
+    ) -> sympy.Expr:
+        """The index that a value stands for: itself if it is a known one, or a symbol that the load
+        reads first. What the kernel computes before could not be checked in time."""
+        if isinstance(value, loops.Iota) and not self._unproved(
+            value.value, size - 1 - value.value
+        ):
+            return value.value
+        if not isinstance(value, loops.Load) or value.at or size == 1:
+            raise Outside(f"{node.name} is looked up at positions that its kernel computes")
+        key = (value, size, wraps)
+        if key not in self._lookups:
+            self._lookups[key] = symbol = self.ranges.axis(self._name(f"{node.name}_at"), size)
+            self._positions[symbol] = loops.Position(value.dtype, value, size, wraps)
+        return self._lookups[key]
 
     def _unproved(self, *conditions: sympy.Expr) -> Index:
         return tuple(one for one in conditions if not self.ranges.nonnegative(one))
@@ -303,14 +347,23 @@ class Lowering:
     # -- names --------------------------------------------------------------------------------
 
     def _name(self, wish: str) -> str:
-        name, count = wish, 1
-        while name in self._names or keyword.iskeyword(name) or name in RESERVED:
+        wish = name = identifier(wish)
+        count = 1
+        while name in self._names:
             name, count = f"{wish}_{count}", count + 1
         self._names.add(name)
         return name
 
 
 RESERVED = {"tl", "triton", "device", "i", "j", "k", "float", "range", "inside", "n"}
+
+
+def identifier(wish: str) -> str:
+    """A name that a kernel, or a tensor in one, may have in the source: `and` becomes `and_`."""
+    name = wish.strip("_") or "kernel"
+    if not name.isidentifier():
+        name = f"x_{name}"
+    return f"{name}_" if keyword.iskeyword(name) or name in RESERVED else name
 
 
 def label(node: fx.Node) -> str:

@@ -27,12 +27,11 @@ def merged(kernel: loops.Kernel) -> loops.Kernel:
 
 
 def merge_groups(
-    groups: Groups, letters: str, stores: Sequence[loops.Store], before: Ranges,
-    fixed: Sequence[sympy.Symbol] = (),
-) -> tuple[list[tuple[loops.Axis, ...]], tuple[loops.Store, ...], Ranges]:  # fmt: skip
+    groups: Groups, letters: str, stores: Sequence[loops.Store], before: Ranges
+) -> tuple[list[tuple[loops.Axis, ...]], tuple[loops.Store, ...], Ranges]:
     """Stores over as few axes as their indices allow, each group's called by its letter.
 
-    `fixed` axes are in no group and stay.
+    Symbols of `before` that are in no group stay.
     """
     ranges = Ranges()
     values = [store.value for store in stores]
@@ -41,7 +40,8 @@ def merge_groups(
     ranges.size.update(before.size)
     merging = [_merge(list(axes), table, ranges) for axes in groups]
     final = Ranges()
-    final.size.update({one: before.size[one] for one in fixed})
+    loose = set(before.size) - {axis.symbol for axes in groups for axis in axes}
+    final.size.update({one: size for one, size in before.size.items() if one in loose})
     names: dict[sympy.Symbol, sympy.Expr] = {}
     found = []
     for letter, axes in zip(letters, merging, strict=True):
@@ -121,6 +121,8 @@ def _with_indices(
                 new[field.name] = twins[value]
             elif field.name == "args":
                 new["args"] = tuple(twins[arg] for arg in value)
+            elif field.name == "at":
+                new["at"] = tuple((symbol, twins[position]) for symbol, position in value)
             elif field.name == "conditions":
                 new["conditions"] = tuple(map(change, value))
             elif isinstance(value, sympy.Expr):

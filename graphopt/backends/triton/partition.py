@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import fx
 
 from graphopt.backends.triton import families, kinds, loops
 from graphopt.backends.triton.generated import Generated, Multiplied, word
 from graphopt.backends.triton.index import equal, product, weight
-from graphopt.backends.triton.lower import Domain, Lowering, domain_of
+from graphopt.backends.triton.lower import Domain, Lowering, domain_of, identifier
 from graphopt.backends.triton.region import Outside, Region
 from graphopt.backends.triton.views import origin
 
@@ -38,6 +38,8 @@ MOST_TENSORS = 24
 LEAST_SCAN = 8  # ops of a recurrence: one of a few ops is an ordinary chain
 MOST_BEFORE = 8  # ops in front of a product, computed again for every tile
 
+Made = TypeVar("Made")
+
 
 class Group:
     """Nodes that become one kernel over one domain."""
@@ -47,18 +49,20 @@ class Group:
         self.domain = domain
 
 
-def partition(graph: fx.Graph, reasons: dict[fx.Node, str]) -> list[Region]:
+def partition(graph: fx.Graph, reasons: dict[fx.Node, str], notes: list[str]) -> list[Region]:
     """The regions of a primitive graph, in no particular order; no node is in two of them.
 
-    `reasons` gets an entry for every pointwise op and reduction that is in none.
+    `reasons` gets an entry for every pointwise op and reduction that is in none, `notes` one for
+    every exception that is no refusal: its region is left to the framework, the others are not.
     """
-    return _Partition(graph, reasons).run()
+    return _Partition(graph, reasons, notes).run()
 
 
 class _Partition:
-    def __init__(self, graph: fx.Graph, reasons: dict[fx.Node, str]) -> None:
+    def __init__(self, graph: fx.Graph, reasons: dict[fx.Node, str], notes: list[str]) -> None:
         self.graph = graph
         self.reasons = reasons
+        self.notes = notes
         self.order = {node: number for number, node in enumerate(graph.nodes)}
         self.group: dict[fx.Node, Group] = {}
         self.taken: dict[fx.Node, Region] = {}
@@ -67,27 +71,49 @@ class _Partition:
     def run(self) -> list[Region]:
         regions: list[Region] = []
         for family in FAMILIES:
-            home = importlib.import_module(f"{families.__name__}.{family}")
-            try:
-                found = home.match(self.graph)
-            except Exception as error:  # the general generator can do without
-                warnings.warn(f"no kernels of the family {family}: {error!r}", stacklevel=2)
-                continue
-            for region in found.regions:
-                small = region.kind == "scan" and len(region.nodes) < LEAST_SCAN
-                if not small and not any(node in self.taken for node in region.nodes):
-                    regions.append(region)
-                    self.names.add(region.name)
-                    self.taken.update(dict.fromkeys(region.nodes, region))
-            for node, reason in found.reasons:
-                self.reasons.setdefault(node, reason)
+            regions += self._of_family(family)
         for node in self.graph.nodes:
             if node.meta.get("kind") in ("pointwise", "reduction") and node not in self.taken:
                 self._start(node)
         regions += self._around_products()
         for group in dict.fromkeys(self.group.values()):
-            regions.append(self._region(group))
+            regions += self._region(group)
         return regions
+
+    def _tried(self, what: str, build: Callable[[], Made]) -> tuple[Made | None, str]:
+        """What `build` makes, or why it does not."""
+        try:
+            return build(), ""
+        except Outside as refusal:
+            return None, str(refusal)
+        except Exception as error:  # a fault of ours: this region alone does without a kernel
+            said = (str(error).strip().splitlines() or [""])[0]
+            self.notes.append(f"{what}: no kernel: {type(error).__name__}: {said}")
+            return None, self.notes[-1]
+
+    # -- families -----------------------------------------------------------------------------
+
+    def _of_family(self, family: str) -> Iterator[Region]:
+        home = importlib.import_module(f"{families.__name__}.{family}")
+        found, _ = self._tried(f"family {family}", lambda: home.match(self.graph))
+        for region in found.regions if found else ():
+            reason = self._declined(region)
+            if reason:
+                self.reasons.update(dict.fromkeys(region.nodes, reason))
+                continue
+            self.names.add(region.name)
+            self.taken.update(dict.fromkeys(region.nodes, region))
+            yield region
+        for node, reason in found.reasons if found else ():
+            self.reasons.setdefault(node, reason)
+
+    def _declined(self, region: Region) -> str:
+        """Why a family's region is not used; empty if it is."""
+        if any(node in self.taken for node in region.nodes):
+            return "another family computes a part of it"
+        if region.kind == "scan" and len(region.nodes) < LEAST_SCAN:
+            return f"a recurrence of fewer than {LEAST_SCAN} ops is an ordinary chain"
+        return self._tried(region.name, lambda: (region.source, region.launcher()))[1]
 
     # -- products -----------------------------------------------------------------------------
 
@@ -117,11 +143,17 @@ class _Partition:
             nodes = [one for each in (*joined, group) for one in each.nodes]
             nodes = sorted([product, *nodes], key=self.order.__getitem__)
             outputs = sorted(self.outputs(nodes), key=self.order.__getitem__)
-            try:
-                best = Multiplied.around("trial", product, nodes, outputs)
+            found, reason = self._tried(
+                product.name,
+                lambda nodes=nodes, outputs=outputs: Multiplied.around(  # type: ignore[misc]
+                    "trial", product, nodes, outputs
+                ),
+            )
+            if found is None:
+                self.reasons[product] = reason
+            else:
+                best = found
                 joined.append(group)
-            except Outside as reason:
-                self.reasons[product] = str(reason)
         if best is None:
             self.reasons.setdefault(product, "nothing pointwise to compute with it")
             return None
@@ -156,11 +188,9 @@ class _Partition:
 
     def _start(self, node: fx.Node) -> None:
         group = Group([node], domain_of(node))
-        try:
-            self._lowered([node], group.domain)
-        except Outside as reason:
-            self.reasons[node] = str(reason)
-            node.meta["kind"] = "external"
+        alone, reason = self._tried(node.name, lambda: self._lowered([node], group.domain))
+        if alone is None:
+            self._leave([node], reason)
             return
         self.group[node] = group
         refused: set[Group] = set()
@@ -192,12 +222,13 @@ class _Partition:
             domains = [consumer.domain]
         before = self._awkward(producer) + self._awkward(consumer)
         for domain in domains:
-            try:
-                kernel = self._lowered(members, domain)
-            except Outside:
-                continue
+            kernel, _ = self._tried(
+                f"{members[0].name} to {members[-1].name}",
+                lambda domain=domain: self._lowered(members, domain),  # type: ignore[misc]
+            )
             if (
-                len(kernel.inputs) + len(kernel.stores) <= MOST_TENSORS
+                kernel is not None
+                and len(kernel.inputs) + len(kernel.stores) <= MOST_TENSORS
                 and _divisions(kernel) <= before
             ):
                 return domain
@@ -240,14 +271,28 @@ class _Partition:
 
     # -- regions ------------------------------------------------------------------------------
 
-    def _region(self, group: Group) -> Region:
+    def _region(self, group: Group) -> Iterator[Region]:
+        """The region of a group, its source printed: what cannot be is known now."""
         outputs = sorted(self.outputs(group.nodes), key=self.order.__getitem__)
-        return Generated.of(self._name(group.nodes), group.nodes, outputs, group.domain)
+        name = self._name(group.nodes)
+        region, reason = self._tried(
+            name, lambda: Generated.of(name, group.nodes, outputs, group.domain)
+        )
+        if region is None:
+            self._leave(group.nodes, reason)
+        else:
+            yield region
+
+    def _leave(self, nodes: Iterable[fx.Node], reason: str) -> None:
+        """Leave nodes to the framework."""
+        for node in nodes:
+            self.reasons[node] = reason
+            node.meta["kind"] = "external"
 
     def _name(self, nodes: Sequence[fx.Node]) -> str:
         """The ops of the source graph, in order: add_layer_norm."""
         words = dict.fromkeys(word(node) for node in nodes)
-        wish = name = "_".join(list(words)[:4]).strip("_") or "kernel"
+        wish = name = identifier("_".join(list(words)[:4]))
         count = 1
         while name in self.names:
             name, count = f"{wish}_{count}", count + 1

@@ -144,7 +144,7 @@ class ProductLowering(Lowering):
         rest = set(range(len(self.axes))) - {*self.form.rows, *self.form.columns}
         groups = [self.group(axes) for axes in (rest, self.form.rows, self.form.columns)]
         sizes = tuple(sorted({*self.sizes(stores), *self.form.inner.free_symbols}, key=str))
-        groups, stores, ranges = merge_groups(groups, "bij", stores, self.ranges, self.inner)
+        groups, stores, ranges = merge_groups(groups, "bij", stores, self.ranges)
         batch, rows, columns = groups
         inputs = tuple(self.buffers.values())
         return loops.Product(

@@ -98,7 +98,7 @@ def compile_one(unit: Unit, target: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from graphopt.backends.triton.runtime import load
+    from graphopt.backends.triton.runtime import checks, load
 
     source = ASTSource(
         fn=load(unit.source, unit.name),
@@ -106,8 +106,9 @@ def compile_one(unit: Unit, target: int) -> Any:
         constexprs=unit.blocks,
     )
     return triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": unit.warps}
-    )
+        source, target=GPUTarget("cuda", target, 32),
+        options={"num_warps": unit.warps, **checks(unit.source)},
+    )  # fmt: skip
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:

@@ -70,6 +70,11 @@ class Region:
         return []
 
     @cached_property
+    def notes(self) -> list[str]:
+        """What went wrong when it was launched, and was left to torch's own ops."""
+        return []
+
+    @cached_property
     def origins(self) -> tuple[str, ...]:
         """The modules of the source model that the kernel computes, in graph order."""
         found = dict.fromkeys(str(node.meta.get("where", "")) for node in self.nodes)
@@ -116,11 +121,13 @@ def extract(
     """
     graph = fx.Graph()
     inside = set(nodes)
-    twins: dict[fx.Node, fx.Node] = {}
+    twins: dict[fx.Node, Any] = {}
     for node in (*inputs, *sizes):
         twins[node] = graph.placeholder(node.name)
 
-    def copy(node: fx.Node) -> fx.Node:
+    def copy(node: fx.Node) -> Any:
+        if node not in twins and node.meta.get("kind") == "size" and size_of(node).is_Integer:
+            twins[node] = int(size_of(node))  # a symbol when it was read, a number since
         if node not in twins:
             if node not in inside and node.meta.get("kind") not in ("view", "size", "creation"):
                 raise KeyError(f"{node.name} is neither an input nor in the region")

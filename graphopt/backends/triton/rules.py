@@ -7,10 +7,12 @@ apply. Variances are of centered values, never a difference of two large sums.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -204,6 +206,61 @@ def stack(parts: Sequence[Tensor], dim: int = 0) -> Any:
 @rule(aten.sum.default)
 def total(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
     return x.sum(list(range(x.ndim)), dtype=dtype) if x.ndim else NotImplemented
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(
+    x: Tensor, order: float = 2, dims: Sequence[int] | None = None, keepdim: bool = False, *,
+    dtype: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """(sum |x|^p)^(1/p) for p = 1 and 2, max |x| for p = inf"""
+    if order not in (1, 2, math.inf) or not x.dtype.is_floating_point or not x.ndim:
+        return NotImplemented
+    dims = list(dims) if dims else list(range(x.ndim))
+    wide = _wide(x if dtype is None else x.to(dtype))
+    if order == 2:
+        found = (wide * wide).sum(dims, keepdim).sqrt()
+    else:
+        found = wide.abs().sum(dims, keepdim) if order == 1 else wide.abs().amax(dims, keepdim)
+    return found.to(dtype or x.dtype)
+
+
+@rule(aten.slice_scatter.default)
+def slice_scatter(
+    x: Tensor, part: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Any:
+    """x with x[start:end] replaced: where(start <= position < end, the part, x)
+
+    x is read once, at the same place: a chain of such writes stays a chain.
+    """
+    size = x.shape[dim]
+    if not all(isinstance(one, int) or one is None for one in (start, end)) or step != 1:
+        return NotImplemented
+    if start in (None, 0) and (end is None or end == sys.maxsize):
+        return part.expand(x.shape).to(x.dtype)
+    if not isinstance(size, int):
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(size)
+    if first >= last:
+        return x
+    after = x.ndim - 1 - dim % x.ndim
+    position = torch.arange(size, device=x.device).reshape([-1] + [1] * after)
+    padded = F.pad(part.to(x.dtype), [0, 0] * after + [first, size - last])
+    return torch.where((position >= first) & (position < last), padded, x)
+
+
+@rule(aten.select_scatter.default)
+def select_scatter(x: Tensor, part: Tensor, dim: int, index: int) -> Any:
+    size = x.shape[dim]
+    if not isinstance(size, int) or not isinstance(index, int):
+        return NotImplemented
+    at = index % size
+    return slice_scatter(x, part.unsqueeze(dim), dim, at, at + 1)
+
+
+@rule(aten.copy.default)
+def copied(x: Tensor, values: Tensor, non_blocking: bool = False) -> Any:
+    return values.to(x.dtype).expand(x.shape) if values.device == x.device else NotImplemented
 
 
 @rule(aten.expand_as.default)

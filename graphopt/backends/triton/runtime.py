@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from graphopt.backends.triton import interpreting
+from graphopt.backends.triton import interpreting, loops
 from graphopt.backends.triton.blocks import gpu_blocks, grid, interpreted_blocks, power
 from graphopt.backends.triton.source import Printed
 from graphopt.backends.triton.text import index_text
-from graphopt.backends.triton.tune import Cache, Choice, fastest, key_of, measured
+from graphopt.backends.triton.tune import Cache, Choice, fastest, key_of, measured, unusable
 
 if TYPE_CHECKING:
     from graphopt.backends.triton.generated import Generated
@@ -86,6 +86,12 @@ def _written(source: str, name: str) -> Path:
     raise OSError(f"cannot write {name} into {cache_home()}")
 
 
+def checks(source: str) -> dict[str, bool]:
+    """The options with which `tl.device_assert` does what it says: it stands for torch's own check
+    of positions that are looked up."""
+    return {"debug": True, "sanitize_overflow": False} if "tl.device_assert(" in source else {}
+
+
 def numbers(
     expressions: Sequence[sympy.Expr], symbols: Sequence[sympy.Symbol]
 ) -> Callable[..., Any]:
@@ -105,17 +111,24 @@ class Launch:
         self.__module__ = "graphopt_kernels"
         kernel = region.kernel
         self.count = len(region.inputs)
+        self.end = self.count + len(kernel.sizes)  # further sizes are the reference's alone
         self.device = region.outputs[0].meta["val"].device
         self.stores = [store.buffer for store in kernel.stores]
         self.shapes = [numbers(buffer.shape, kernel.sizes) for buffer in self.stores]
         self.extent = numbers(kernel.extent, kernel.sizes)
+        self.lookups = [
+            (kernel.inputs.index(one.value.buffer), numbers([one.size], kernel.sizes), one.wraps)
+            for one in kernel.expressions() if isinstance(one, loops.Position)
+        ]  # fmt: skip
+        self.failed = False
         self.variants: dict[Any, tuple[Any, Printed]] = {}
         self.choices: dict[Any, Choice] = {}
 
     def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        tensors, sizes = list(arguments[: self.count]), arguments[self.count :]
+        tensors, sizes = list(arguments[: self.count]), arguments[self.count : self.end]
         shapes = [shape(*sizes) for shape in self.shapes]
-        if 0 in sizes or any(0 in one.shape for one in tensors) or any(0 in one for one in shapes):
+        empty = 0 in sizes or any(0 in one.shape for one in tensors) or any(0 in s for s in shapes)
+        if empty or self.failed:
             return self.region.reference(*arguments)  # type: ignore[no-any-return]
         places = sorted(tensors, key=lambda one: one.ndim == 0)  # a scalar may be elsewhere
         device = places[0].device if places else self.device
@@ -124,6 +137,8 @@ class Launch:
             torch.empty(shape, dtype=buffer.dtype, device=device)
             for shape, buffer in zip(shapes, self.stores, strict=True)
         )
+        if interpreting() and self._astray(tensors, sizes):
+            self.region.reference(*arguments)  # raises, unless what is astray is not read
         extent = self.extent(*sizes)
         strided = frozenset(k for k, one in enumerate(tensors) if not one.is_contiguous())
         wide = max([*map(math.prod, shapes), *map(_reach, tensors)]) > LARGEST
@@ -136,16 +151,36 @@ class Launch:
             launched = function[grid(form, choice.blocks, extent)]
             if device.type == "cuda" and not interpreting():
                 with torch.cuda.device(device):
-                    launched(*given, **choice.blocks, num_warps=choice.warps)
+                    launched(*given, **choice.blocks, num_warps=choice.warps, **checks(form.text))
             else:
                 launched(*given, **choice.blocks)
 
         many = form.form == "product" and extent[2] > MOST_BATCH
-        choice = Choice(None) if many else self.choice(form, extent, device, run, arguments)
-        if choice.blocks is None:
-            return self.region.reference(*arguments)  # type: ignore[no-any-return]
-        run(choice)
-        return outputs
+        try:
+            choice = Choice(None) if many else self.choice(form, extent, device, run, arguments)
+            if choice.blocks is not None:
+                run(choice)
+                return outputs
+        except Exception as error:
+            if not unusable(error):
+                raise
+            self._given_up(error)
+        return self.region.reference(*arguments)  # type: ignore[no-any-return]
+
+    def _astray(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> bool:
+        """Whether a position to look up is outside of its axis: Triton's interpreter, unlike a
+        kernel, does not check."""
+        for place, size, wraps in self.lookups:
+            (count,), found = size(*sizes), tensors[place]
+            if int(found.min()) < (-count if wraps else 0) or int(found.max()) >= count:
+                return True
+        return False
+
+    def _given_up(self, error: Exception) -> None:
+        """Leave the region to the framework from now on."""
+        said = (str(error).strip().splitlines() or [""])[-1]
+        self.region.notes.append(f"{self.region.name}: torch's own ops: {said}")
+        self.failed = True
 
     def choice(
         self, form: Printed, extent: Sequence[int], device: torch.device,

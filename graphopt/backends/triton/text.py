@@ -107,7 +107,10 @@ def _formula(
 ) -> tuple[str, bool]:
     """The text of an expression over its operands' texts, and whether it binds by itself."""
     if isinstance(one, loops.Load):
-        return one.buffer.name, True
+        places = ", ".join(texts[position] for _, position in one.at)
+        return f"{one.buffer.name}[{places}]" if places else one.buffer.name, True
+    if isinstance(one, loops.Position):
+        return texts[one.value], True
     if isinstance(one, loops.Constant):
         return scalars.literal(one.value, one.dtype), True
     if isinstance(one, loops.Iota):

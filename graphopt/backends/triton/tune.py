@@ -67,26 +67,41 @@ class Cache:
 def fastest(
     candidates: Iterable[Choice], run: Callable[[Choice], Any], measure: Milliseconds
 ) -> Choice:
-    """The candidate that runs in the least time; one that does not fit the device is passed over.
+    """The candidate that runs in the least time; one that cannot be compiled, or does not fit the
+    device, is passed over.
 
     Raises:
-        RuntimeError: if none fits, with what the last one said.
+        Unusable: if none is left, with what the last one said.
     """
     best, least, error = None, float("inf"), ""
     for one in candidates:
         try:
             time = measure(lambda one=one: run(one))  # type: ignore[misc]
         except Exception as failure:
-            # Triton's errors for too much shared memory or too many registers have no common base.
-            if "out of resource" not in str(failure) and type(failure).__name__ != "OutOfResources":
+            if not unusable(failure):
                 raise
             error = str(failure)
             continue
         if time < least:
             best, least = one, time
     if best is None:
-        raise RuntimeError(f"no block shape fits the device: {error}")
+        raise Unusable(f"no block shape fits the device: {error}")
     return best
+
+
+class Unusable(RuntimeError):
+    """A kernel that the device cannot run."""
+
+
+def unusable(error: Exception) -> bool:
+    """Whether an error says that a kernel cannot be compiled or does not fit the device.
+
+    Everything else, the device's own errors above all, is no such thing. Triton's errors have a
+    common base since 3.0 only in part: those of its compiler's passes are RuntimeErrors.
+    """
+    bases = {one.__name__ for one in type(error).__mro__}
+    known = {"Unusable", "OutOfResources", "CompilationError", "PTXASError"}
+    return bool(known & bases) or "PassManager::run failed" in str(error)
 
 
 def measured(function: Callable[[], Any]) -> float:

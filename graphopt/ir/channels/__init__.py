@@ -6,7 +6,11 @@ entries that meet; what is not understood fixes the labels of all it reads. Labe
 any number of steps, are one group. A fixed label never goes away.
 """
 
-from graphopt.ir.channels import named as named, rules as rules  # they register themselves
+from graphopt.ir.channels import (  # they register themselves
+    gradients as gradients,
+    named as named,
+    rules as rules,
+)
 from graphopt.ir.channels.groups import Group, Groups, find_groups
 from graphopt.ir.channels.labels import Labels
 

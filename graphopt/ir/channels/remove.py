@@ -16,7 +16,7 @@ from graphopt.ir import ops
 from graphopt.ir.builder import Builder, positional
 from graphopt.ir.channels.groups import Groups
 from graphopt.ir.channels.labels import Vector
-from graphopt.ir.channels.trace import name_of
+from graphopt.ir.channels.trace import has_tensors, name_of
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.ops.base import hint
 from graphopt.ir.value import Value
@@ -87,9 +87,7 @@ class _Removal:
         builder = Builder(self.graph, node)
         touched = self.kept[node] or any(self.kept.get(one) for one in node.all_input_nodes)
         if touched:
-            if not any(
-                isinstance(one.meta.get("val"), torch.Tensor) for one in node.all_input_nodes
-            ):
+            if not any(has_tensors(one.meta.get("val")) for one in node.all_input_nodes):
                 self._cut_constant(node)
                 return
             op = builder.view(node)

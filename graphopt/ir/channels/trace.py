@@ -60,7 +60,7 @@ class Trace:
             for one in node.all_input_nodes if "outputs" not in self._free else ():
                 self._fix(one, "it is an output of the model")
             return
-        if node.op == "placeholder" or not _tensors(found):
+        if node.op == "placeholder" or not has_tensors(found):
             self.labels[node] = _blank(found)
             if node.op == "placeholder" and "inputs" in self._free and isinstance(found, Tensor):
                 self.labels[node].fresh = {
@@ -119,7 +119,7 @@ class Trace:
         shapes = [shape_of(one) for one in (found if several else [found])]
         laid_out = isinstance(op, (ops.Reshape, ops.Expand))  # another operand may give the shape
         for other in node.all_input_nodes:
-            if other is not source and _tensors(other.meta.get("val")) and not laid_out:
+            if other is not source and has_tensors(other.meta.get("val")) and not laid_out:
                 return None
 
         def run(spread: Tensor) -> Any:
@@ -194,7 +194,7 @@ class Trace:
         )
 
 
-def _tensors(found: Any) -> bool:
+def has_tensors(found: Any) -> bool:
     if isinstance(found, (list, tuple)):
         return any(isinstance(one, Tensor) for one in found)
     return isinstance(found, Tensor)

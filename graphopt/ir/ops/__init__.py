@@ -19,6 +19,7 @@ from graphopt.ir.ops.base import (
     op as op,
     overload as overload,
 )
+from graphopt.ir.ops.gradient import WithGradient as WithGradient
 from graphopt.ir.ops.movement import (
     Cat as Cat,
     ChannelShuffle as ChannelShuffle,
@@ -70,6 +71,7 @@ from graphopt.ir.ops.pointwise import (
     Gelu as Gelu,
     Hardsigmoid as Hardsigmoid,
     Hardswish as Hardswish,
+    Heaviside as Heaviside,
     LeakyRelu as LeakyRelu,
     Log as Log,
     Mish as Mish,
@@ -81,6 +83,7 @@ from graphopt.ir.ops.pointwise import (
     Relu as Relu,
     Rsqrt as Rsqrt,
     Sigmoid as Sigmoid,
+    Sign as Sign,
     Silu as Silu,
     Sin as Sin,
     Softplus as Softplus,
@@ -100,6 +103,7 @@ from graphopt.ir.ops.reduce import (
     Sum as Sum,
     Upsample as Upsample,
 )
+from graphopt.ir.ops.scan import Scan as Scan
 from graphopt.ir.ops.spectral import (
     Conj as Conj,
     Fourier as Fourier,

@@ -77,33 +77,38 @@ class BatchNorm(Op):
         if self.uses_batch_statistics:
             return None
 
-        def column(vector: Value | None, of: Any, default: float) -> Any:
-            if vector is None:
-                return default
-            return of(vector).reshape(-1, *(1,) * (self.input.ndim - 2))
-
         assert self.running_var is not None
         # |x| s + |mean| s + |bias|, with the rounding of var + eps carried by its own ratio.
-        inverse = (column(self.running_var, value, 0.0) + self.eps).rsqrt()
-        scale = column(self.weight, magnitude, 1.0) * inverse
-        centred = magnitude(self.input) + column(self.running_mean, magnitude, 0.0)
-        return centred * scale + column(self.bias, magnitude, 0.0)
+        rest = self.input.ndim - 2
+        inverse = (_column(self.running_var, value, rest) + self.eps).rsqrt()
+        scale = _column(self.weight, magnitude, rest, 1.0) * inverse
+        centred = magnitude(self.input) + _column(self.running_mean, magnitude, rest)
+        return centred * scale + _column(self.bias, magnitude, rest)
 
 
-def _normalized(op: Any, value: Any, magnitude: Any, count: int, centre: bool) -> Any:
-    """The bound of (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias over the last
-    `count` axes: its derivative applied to the bound of x, and its own rounding.
+def _column(vector: Value | None, of: Any, rest: int, default: float = 0.0) -> Any:
+    """What is known of a vector over the channels, to broadcast with `rest` axes behind them."""
+    return default if vector is None else of(vector).reshape(-1, *(1,) * rest)
+
+
+def _normalized(x: Any, a: Any, eps: float | None, count: int, centre: bool) -> Any:
+    """The bound of (x - mean) / sqrt(mean((x - mean)^2) + eps) over the last `count` axes, for x with
+    the bound a: its derivative applied to a, and its own rounding.
 
     dy = (dx - mean(dx)) / s - y mean(y dx) / s, with s the square root.
     """
-    x, a = value(op.input), magnitude(op.input)
     dims = tuple(range(-count, 0))
-    eps = torch.finfo(torch.float64).eps if op.eps is None else op.eps
+    eps = torch.finfo(torch.float64).eps if eps is None else eps
     mean = x.mean(dims, keepdim=True) if centre else 0.0
     inverse = ((x - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
     y = ((x - mean) * inverse).abs()
     moved = a + a.mean(dims, keepdim=True) if centre else a
-    bound = 2 * (moved * inverse + y * ((y * moved).mean(dims, keepdim=True) * inverse + 1))
+    return 2 * (moved * inverse + y * ((y * moved).mean(dims, keepdim=True) * inverse + 1))
+
+
+def _over_last_axes(op: Any, value: Any, magnitude: Any, centre: bool) -> Any:
+    count = len(op.normalized_shape)
+    bound = _normalized(value(op.input), magnitude(op.input), op.eps, count, centre)
     if op.weight is not None:
         bound = bound * magnitude(op.weight)
     bias = getattr(op, "bias", None)
@@ -126,7 +131,7 @@ class LayerNorm(Op):
         return prod(map(hint, self.normalized_shape))
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        return _normalized(self, value, magnitude, len(self.normalized_shape), True)
+        return _over_last_axes(self, value, magnitude, True)
 
 
 @op("group_norm.default")
@@ -139,6 +144,20 @@ class GroupNorm(Op):
     bias: Value | None = None
     eps: float = 1e-5
     cudnn_enabled: bool = True
+
+    @property
+    def reduction(self) -> int:
+        return prod(map(hint, self.input.shape[1:])) // self.num_groups
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        x = value(self.input)
+        apart = x.shape[0], self.num_groups, -1
+        bound = _normalized(
+            x.reshape(apart), magnitude(self.input).reshape(apart), self.eps, 1, True
+        )
+        rest = self.input.ndim - 2
+        bound = bound.reshape(x.shape) * _column(self.weight, magnitude, rest, 1.0)
+        return bound + _column(self.bias, magnitude, rest)
 
 
 @op("rms_norm.default")
@@ -155,7 +174,7 @@ class RMSNorm(Op):
         return prod(map(hint, self.normalized_shape))
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        return _normalized(self, value, magnitude, len(self.normalized_shape), False)
+        return _over_last_axes(self, value, magnitude, False)
 
 
 @op("instance_norm.default")

@@ -151,6 +151,17 @@ class Neg(Unary):
         return magnitude(self.input)
 
 
+# More than any rounding error relative to its magnitude: gamma_n below for n up to 2^33.
+_FAR = 2.0**-20
+
+
+def _limited(value: Any, magnitude: Any, low: float | None, high: float | None) -> Any:
+    """What rounding leaves of an error after limiting: none where the value is far outside."""
+    below = False if low is None else value < low - _FAR * magnitude
+    above = False if high is None else value > high + _FAR * magnitude
+    return torch.where(torch.as_tensor(below | above), 0.0, magnitude)
+
+
 class _Power(Unary):
     """x^-p: a relative error r of the operand becomes p r; both ops here have p <= 1."""
 
@@ -206,6 +217,9 @@ class Relu(Activation):
     slope = 1.0
     input: Value
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return _limited(value(self.input), magnitude(self.input), 0.0, None)
+
 
 @op("leaky_relu.default")
 class LeakyRelu(Activation):
@@ -250,7 +264,8 @@ class Clamp(Activation):
         return cls(call["self"], *limits, out=call.out)
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        return torch.maximum(magnitude(self.input), run(value).abs())
+        bound = torch.maximum(magnitude(self.input), run(value).abs())
+        return _limited(value(self.input), bound, self.min, self.max)
 
 
 @op("gelu.default")
@@ -389,6 +404,33 @@ class Cos(Activation):
     input: Value
 
 
+@op("sign.default", "sgn.default")
+class Sign(Activation):
+    """-1, 0 or 1 as `input` is negative, zero (or nan), or positive."""
+
+    idempotent = True
+    input: Value
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        return None if call.out.dtype.is_complex else cls(call["self"], out=call.out)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return run(value).abs()  # exact where its input is not within rounding of zero
+
+
+@op("heaviside.default")
+class Heaviside(Binary):
+    """0 where `left` is negative (or nan), 1 where it is positive, `right` where it is zero."""
+
+    rename = {"self": "left", "values": "right"}  # noqa: RUF012
+    left: Operand
+    right: Operand
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        return run(value).abs() + _size(self.right, magnitude)
+
+
 @op(*(f"{name}.{kind}" for name in ("eq", "ne", "lt", "le", "gt", "ge")
       for kind in ("Tensor", "Scalar")))  # fmt: skip
 class Compare(Op):
@@ -417,6 +459,16 @@ class Where(Op):
     condition: Value
     left: Operand
     right: Operand
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        numbers = not isinstance(self.left, Value), not isinstance(self.right, Value)
+        kind = {(False, False): "self", (False, True): "ScalarOther",
+                (True, False): "ScalarSelf", (True, True): "Scalar"}[numbers]  # fmt: skip
+        return self.call(overload(f"where.{kind}"))
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        left, right = (_size(one, magnitude) for one in (self.left, self.right))
+        return torch.where(value(self.condition), left, right)
 
 
 @op("to.dtype", "to.dtype_layout", "to.other", "to.device", "_to_copy.default", "type_as.default")

@@ -396,6 +396,9 @@ class Pattern(Rewriter):
         """What is faster is not a matter of proof."""
         return 0.0
 
+    def stored_once(self, old: Any) -> None:
+        """Nor is what is stored."""
+
     def worthwhile(self, judge: Callable[[], bool]) -> None:
         """Nor is what is worth it."""
 
@@ -416,6 +419,10 @@ class Pattern(Rewriter):
         self._enter(node, op)
         self.made.append(node)  # type: ignore[arg-type]
         return Value(node, self)  # type: ignore[arg-type]
+
+    def emit_once(self, op: Op, like: Any = None) -> Value:
+        """Two values that are computed alike are equal."""
+        return self.emit(op, like)
 
     def call(self, target: Any, arguments: dict[str, Any], like: Any = None) -> Value:
         raise NotImplementedError(f"{target} is written without an op view")

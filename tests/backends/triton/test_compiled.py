@@ -267,3 +267,16 @@ def test_tensors_on_the_wrong_device_are_refused_with_the_reason(monkeypatch):
         "the tensors are on cpu; Triton's kernels need them on a GPU"
         in fast.report.backend_notes[0]
     )
+
+
+def test_a_gradient_that_the_source_cuts_stays_cut():
+    def function(x):
+        return (x * x).detach() * x + x.relu()
+
+    x = torch.randn(4, 8)
+    fast = compiled(function, x)
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast(found).sum().backward()
+    function(expected).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    assert any("sets itself" in note for note in fast.notes)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import sympy
+import torch
 from hypothesis import given, strategies as st
 
 from graphopt.backends.triton.index import Quotient, Ranges, Remainder, weight
@@ -20,11 +21,35 @@ def _axes(sizes):
     return ranges, tuple(ranges.axis(f"x{k}", sympy.Integer(n)) for k, n in enumerate(sizes))
 
 
+class _Int(int):
+    """An integer of Triton's, which divides toward zero."""
+
+    def __add__(self, other):
+        return _Int(int(self) + other)
+
+    def __sub__(self, other):
+        return _Int(int(self) - other)
+
+    def __rsub__(self, other):
+        return _Int(other - int(self))
+
+    def __mul__(self, other):
+        return _Int(int(self) * other)
+
+    def __floordiv__(self, other):
+        return _Int(math.trunc(int(self) / int(other)))
+
+    def __mod__(self, other):
+        return _Int(math.fmod(int(self), int(other)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
 def _each(sizes, axes, *expressions):
     """The values of expressions, printed as source, at every point."""
     codes = [compile(index_text(one), "index", "eval") for one in expressions]
     for point in itertools.product(*map(range, sizes)):
-        names = {str(axis): value for axis, value in zip(axes, point, strict=True)}
+        names = {str(axis): _Int(value) for axis, value in zip(axes, point, strict=True)}
         yield point, [eval(code, {}, names) for code in codes]
 
 
@@ -58,6 +83,28 @@ def test_reshapes_point_at_the_same_element(sizes, data):
         assert all(0 <= one < size for one, size in zip(index, other, strict=True))
         assert tuple(found[1 + len(other) :]) == point
     assert weight(position) == 0  # what was split joins again
+
+
+@given(st.sampled_from([4, 6, 8, 12, 18, 24]), st.data())
+def test_views_of_views_point_at_the_same_element(total, data):
+    """Axes split, exchanged and merged, several times: channels shuffled, windows, patches."""
+    ranges, (flat,) = _axes([total])
+    tensor = torch.arange(total)
+    shapes: list[tuple[list[int], list[int]]] = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        cut = _factored(total, data)
+        order = data.draw(st.permutations(range(len(cut))))
+        shapes += [(cut, order), ([total], [0])][: 1 + data.draw(st.booleans())]
+    index, shape = (flat,), (sympy.Integer(total),)
+    for cut, order in reversed(shapes):
+        there = ranges.reshaped(index, shape, tuple(sympy.Integer(cut[axis]) for axis in order))
+        index = tuple(there[order.index(axis)] for axis in range(len(cut)))
+        shape = tuple(map(sympy.Integer, cut))
+    for cut, order in shapes:
+        tensor = tensor.reshape(cut).permute(order)
+    position = ranges.flat(index, shape)
+    for (point,), (found,) in _each([total], (flat,), position):
+        assert found == tensor.flatten()[point]
 
 
 @given(SIZES, st.data())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,13 @@ from tests.helpers import relative_error
 
 WEIGHT, BIAS, MEAN = (torch.linspace(low, 2, 6) for low in (-1, 0.5, -2))
 VAR = torch.linspace(0.1, 2, 6)
+
+
+def _written(x):
+    x[:, 2:, 1:3] = x[:, :-2, 2:4] * 2
+    x[:, 0] = 1.5
+    return x
+
 
 FUNCTIONS = {
     "softmax": lambda x: x.softmax(1),
@@ -34,6 +43,12 @@ FUNCTIONS = {
     "stack": lambda x: torch.stack([x, x * 2], 2),
     "sum": lambda x: x.sum() + torch.ones_like(x) + torch.zeros_like(x),
     "expand": lambda x: x[:1].mean(1, keepdim=True).expand_as(x) * x,
+    "norms": lambda x: x.norm(dim=-1, keepdim=True) + x.norm(1, (1, 2), True) + F.normalize(x),
+    "largest": lambda x: torch.linalg.vector_norm(x, math.inf, -1),
+    "slice_scatter": lambda x: torch.slice_scatter(x, x[:, 1:4] * 2, 1, -5, 4),
+    "slice_scatter of all": lambda x: torch.slice_scatter(x, x.sin(), 2),
+    "select_scatter": lambda x: torch.select_scatter(x, x[:, 0] * 2, 1, -1),
+    "written": lambda x: _written(x.clone()),
     "tril": lambda x: x.tril(1) + x.triu(),
     "roll": lambda x: x.roll(1, -1) + x.repeat(1, 1, 1, 1),
 }

@@ -3,10 +3,10 @@
     y_t, v_t = step(x_t, v_{t-1}, w),      t = 0 .. T-1
 
 Spiking neurons are the case in mind (integrate and fire, leaky, adaptive threshold, synaptic current),
-but the step is whatever `chain` finds. Every x_t is read once and every y_t written once: the least
-traffic there is, where step by step each operation reads and writes all of it. One program instance
-owns BLOCK places of the state and walks through time; neighbouring places are neighbouring addresses,
-whatever the time axis is. States are kept in float32 (float64) even where tensors are halves.
+but the step is whatever `graphopt.ir.recurrence` finds. Every x_t is read once and every y_t written
+once: the least traffic there is, where step by step each operation reads and writes all of it. One program
+instance owns BLOCK places of the state and walks through time; neighbouring places are neighbouring
+addresses, whatever the time axis is. States are kept in float32 (float64) even where tensors are halves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.backends.triton.families import formulas
-from graphopt.backends.triton.families.chain import Chain, chain
 from graphopt.backends.triton.families.common import (
     HEADER,
     Found,
@@ -29,6 +28,7 @@ from graphopt.backends.triton.families.common import (
     bytes_of,
     cdiv,
     example,
+    is_pointwise,
     numel,
     sizes_for,
     tensor,
@@ -41,12 +41,13 @@ from graphopt.backends.triton.families.series import (
     full_text,
     written,
 )
-from graphopt.backends.triton.families.steps import components, filled
 from graphopt.backends.triton.families.strided import Layout, layout
 from graphopt.backends.triton.ptx import Unit, pointer
 from graphopt.backends.triton.region import Launcher, Outside, Region, extract
 from graphopt.backends.triton.runtime import load
 from graphopt.backends.triton.scalars import register, spelled
+from graphopt.ir.recurrence.chain import Chain, chains
+from graphopt.ir.recurrence.steps import filled
 
 aten = torch.ops.aten
 UNROLLED = 8  # steps up to which the loop is unrolled, so that loads of several are under way
@@ -54,7 +55,7 @@ UNROLLED = 8  # steps up to which the loop is unrolled, so that loads of several
 
 @dataclasses.dataclass(eq=False)
 class Scan(Region):
-    """A region of kind "scan"; see `chain.Chain` for the fields of `chain`."""
+    """A region of kind "scan"; see `graphopt.ir.recurrence.chain.Chain` for the fields of `chain`."""
 
     chain: Chain
     written: tuple[Written, ...]
@@ -323,13 +324,14 @@ class Scan(Region):
 def match(graph: fx.Graph) -> Found:
     """Every scan of a graph."""
     found = Found([], [])
-    for nodes in components(graph):
+    for steps in chains(graph, is_pointwise):
+        if not isinstance(steps, Chain):
+            found.reasons.append(steps)
+            continue
         try:
-            steps = chain(nodes)
-            if steps is not None:
-                found.regions.append(_region(steps))
+            found.regions.append(_region(steps))
         except Outside as reason:
-            found.reasons.append((nodes[0], str(reason)))
+            found.reasons.append((steps.nodes[0], str(reason)))
     return found
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from graphopt.backends.triton.families.chain import Chain
 from graphopt.backends.triton.families.common import tensor
-from graphopt.backends.triton.families.steps import element
 from graphopt.backends.triton.scalars import literal, register, spelled
+from graphopt.ir.recurrence.chain import Chain
+from graphopt.ir.recurrence.steps import element
 
 aten = torch.ops.aten
 

@@ -127,6 +127,13 @@ def _(op: ops.Compare, at: Index, r: Reader) -> Expr:
 
 
 @entry.register
+def _(op: ops.Heaviside, at: Index, r: Reader) -> Expr:
+    s, (x, at_zero) = r.space, (r.broadcast(one, at) for one in op.operands)
+    above, zero = (s.call(one, (), (x, number(0)), idempotent=True) for one in ("gt", "eq"))
+    return above + s.product(zero, at_zero)
+
+
+@entry.register
 def _(op: ops.Where, at: Index, r: Reader) -> Expr:
     s, condition = r.space, r.broadcast(op.condition, at)
     chosen = s.product(condition, r.broadcast(op.left, at))

@@ -13,15 +13,13 @@ from a number; it then has a formula of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
 
-from graphopt.backends.triton.families.common import tensor
-from graphopt.backends.triton.families.steps import Steps, filled
-from graphopt.backends.triton.region import Outside
 from graphopt.ir.affine import same_shape
+from graphopt.ir.recurrence.steps import NotSteps, Steps, components, filled, layers, tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +64,53 @@ class Chain:
     nodes: list[fx.Node]
 
 
+class Between(NotSteps):
+    """An operation that is not pointwise stands between the steps; `told` if they are steps for sure."""
+
+    def __init__(self, node: fx.Node, told: bool) -> None:
+        super().__init__(f"{node.name} ({node.target}) between steps is not pointwise")
+        self.told = told
+
+
+def chains(
+    graph: fx.Graph, is_pointwise: Callable[[fx.Node], bool]
+) -> Iterator[Chain | tuple[fx.Node, str]]:
+    """Every chain of a graph, and (node, reason) of what looks like one and is none."""
+    for nodes in components(graph, is_pointwise):
+        yield from _chains(nodes)
+
+
+def _chains(nodes: Sequence[fx.Node]) -> Iterator[Chain | tuple[fx.Node, str]]:
+    try:
+        if (found := chain(nodes)) is not None:
+            yield found
+    except Between as reason:
+        parts = layers(nodes)
+        inner = [one for part in parts for one in _chains(part)] if len(parts) > 1 else []
+        if any(isinstance(one, Chain) for one in inner) or not reason.told:
+            yield from inner
+        else:
+            yield nodes[0], str(reason)
+    except NotSteps as reason:
+        yield nodes[0], str(reason)
+
+
 def chain(nodes: Sequence[fx.Node]) -> Chain | None:
     """The steps of a component; None if nothing in it looks like steps.
 
     Raises:
-        Outside: if it has steps that are not alike, naming the operation.
+        NotSteps: if it has steps that are not alike, naming the operation.
     """
     steps = Steps(nodes)
     if steps.count < 2:
         return None
+    before = {one for one in steps.body if steps.level[one] < 0}
+    if any(steps.is_outside(user) for one in before for user in one.users):
+        return chain(
+            [one for one in nodes if one not in before]
+        )  # read elsewhere: an initial state
     if (between := steps.between()) is not None:
-        if not steps.told:
-            return None
-        raise Outside(f"{between.name} ({between.target}) between steps is not pointwise")
+        raise Between(between, steps.told)
     return _Comparison(steps).chain()
 
 
@@ -88,14 +120,14 @@ class _Comparison:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
 
-    def chain(self) -> Chain:
+    def chain(self) -> Chain | None:
         at: list[list[fx.Node]] = [[] for _ in range(self.steps.count)]
         for node in self.steps.body:
             if (level := self.steps.level[node]) < 0:
                 continue
             for user in node.users:
                 if user in self.steps.inside and self.steps.level[user] > level + 1:
-                    raise Outside(f"{user.name} reads {node.name} of more than one step before")
+                    raise NotSteps(f"{user.name} reads {node.name} of more than one step before")
             if any(
                 self.steps.level[user] != level
                 if user in self.steps.inside
@@ -103,8 +135,10 @@ class _Comparison:
                 for user in node.users
             ):
                 at[level].append(node)
+        if not at[0]:  # a sum of values that nothing is done to
+            return None
         if missing := [step for step, roots in enumerate(at) if not roots]:
-            raise Outside(f"step {missing[0]} computes nothing that is read later")
+            raise NotSteps(f"step {missing[0]} computes nothing that is read later")
         model = 1
         pairs = [_Pairing(self.steps, model, step) for step in range(self.steps.count)]
         pairs[model].match(at[model], at[model])
@@ -113,7 +147,7 @@ class _Comparison:
         start = 0
         try:
             pairs[0].match(at[model], at[0])
-        except Outside:
+        except NotSteps:
             start = 1
         at[model] += dict.fromkeys(one for pair in pairs for one in pair.more)
         states = pairs[model].states
@@ -131,7 +165,7 @@ class _Comparison:
         before = {-1, 0} if start else {-1}
         initial = [first_roots.index(one) if one in first_roots else one for one in initial]
         if alien := [one for one in initial if one in self.steps.inside]:
-            raise Outside(f"{alien[0].name} is not of the first step")
+            raise NotSteps(f"{alien[0].name} is not of the first step")
         first, first_inputs = None, []
         if first_roots:
             reads = self._read(before)
@@ -163,7 +197,7 @@ class _Comparison:
                 root = backwards.get(held)
                 made.add(None if root is None else roots.index(root))
             if len(made) > 1 or made == {None}:
-                raise Outside(f"steps hand different values on as {state.name}")
+                raise NotSteps(f"steps hand different values on as {state.name}")
             links.append(made.pop() if made else None)
         return links
 
@@ -212,7 +246,7 @@ class _Pairing:
         step needs is not computed.
 
         Raises:
-            Outside: naming the first difference.
+            NotSteps: naming the first difference.
         """
         free, queue = list(model), list(roots)
         last = self.step == self.steps.count - 1
@@ -231,11 +265,12 @@ class _Pairing:
                         self.more.append(candidate)
                     break
                 self.images, self.inputs, self.states = saved
-                reason = reasons[0]
+                if candidate.target is root.target or reason.endswith("no counterpart"):
+                    reason = reasons[0]
             else:
                 before = [one for one in root.all_input_nodes if self.steps.owns(one, self.step)]
                 if not (last and before):
-                    raise Outside(f"steps {self.model} and {self.step} differ: {reason}")
+                    raise NotSteps(f"steps {self.model} and {self.step} differ: {reason}")
                 # What follows the last step alone is none of its formula.
                 self.steps.drop(root)
                 queue += [one for one in before if one not in queue]

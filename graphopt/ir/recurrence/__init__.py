@@ -1,0 +1,2 @@
+"""Recurrences: loops over time that were unrolled, found again; a step as text; the operator that
+repeats it."""

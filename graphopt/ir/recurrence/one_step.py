@@ -1,0 +1,347 @@
+"""The graph of one step, from one whose loops over time are scans.
+
+A value is followed with the place that time has in it (`Place`); scans become one step with states that are
+given and handed on, and the axis of time, what takes steps apart and what puts them together go away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphopt.ir import ops
+from graphopt.ir.builder import Builder
+from graphopt.ir.many import Pointwise, acting, slots
+from graphopt.ir.ops.base import Op
+from graphopt.ir.recurrence.operator import SCAN
+from graphopt.ir.rows import Form, form
+
+aten = torch.ops.aten
+
+
+class StreamingError(ValueError):
+    """A model that cannot go one step at a time; the message names what hinders it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where time is in a value. `kind`:
+
+    none: nowhere; stacked: along `axis`; flat: the slow part of axis 0, `[T * rows, ...]`;
+    step: it is the value of the steps `steps`, one of them; sum: the sum over `steps`.
+    """
+
+    kind: str
+    axis: int = 0
+    steps: frozenset[int] = frozenset()
+
+
+NONE, FLAT = Place("none"), Place("flat")
+
+
+class OneStep:
+    """The graph of one step, and that of the states before the first one."""
+
+    def __init__(self, module: fx.GraphModule, steps: int, inputs: Sequence[Place]) -> None:
+        self.module, self.steps, self.inputs = module, steps, inputs
+        self.graph = fx.Graph()
+        self.twins: dict[fx.Node, fx.Node] = {}
+        self.places: dict[fx.Node, Place] = {}
+        self.states: list[tuple[fx.Node, fx.Node, fx.Node]] = []  # (placeholder, first, next)
+        self._known: dict[Any, fx.Node] = {}
+        self._results: dict[Any, list[tuple[fx.Node, Place]]] = {}  # of a scan
+
+    def build(self) -> tuple[fx.Graph, fx.Graph, int, list[Place]]:
+        """(start, step, number of states, where time is in the outputs of the whole)."""
+        nodes = list(self.module.graph.nodes)
+        infer(self.module)
+        try:
+            return self._built(nodes)
+        finally:
+            for node in nodes:
+                node.meta.pop("val", None)
+
+    def _built(self, nodes: list[fx.Node]) -> tuple[fx.Graph, fx.Graph, int, list[Place]]:
+        feed = iter(self.inputs)
+        for node in nodes:
+            if node.op == "placeholder":
+                self._set(node, self.graph.placeholder(node.name), next(feed))
+        given = list(self.twins.values())
+        scans: list[Any] = [one for one in nodes if one.target is SCAN]
+        for number in range(sum(len(one.args[2]) for one in scans)):
+            self.states.append((self.graph.placeholder(f"state_{number}"),) * 3)
+        self._free = iter(range(len(self.states)))
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "get_attr":
+                self._set(node, self.graph.get_attr(str(node.target)), NONE)
+            elif node.op == "call_function":
+                self._call(node)
+            else:
+                leaves = pytree.tree_leaves(node.args[0])
+                places = [self._returned(one) for one in leaves]
+                results = [self.twins[one] for one in leaves]
+        held, first, after = map(list, zip(*self.states, strict=True))
+        start = self._cut(given, first, dict(zip(held, first, strict=True)))
+        step = self._cut([*given, *held], [results, after], {})
+        return start, step, len(self.states), places
+
+    def _cut(
+        self, inputs: list[fx.Node], results: Any, instead: Mapping[fx.Node, fx.Node]
+    ) -> fx.Graph:
+        """The part of the graph that computes some results; `instead`: what stands for what."""
+        found = fx.Graph()
+        mapping = {node: found.node_copy(node) for node in inputs}
+        stack = list(reversed(pytree.tree_leaves(results)))
+        while stack:
+            node = stack[-1]
+            needed = [instead[node]] if node in instead else node.all_input_nodes
+            missing = [one for one in needed if one not in mapping]
+            if node not in mapping and not missing:
+                mapping[node] = (
+                    mapping[instead[node]] if node in instead
+                    else found.node_copy(node, mapping.__getitem__)
+                )  # fmt: skip
+            stack += missing
+            if not missing:
+                stack.pop()
+        found.output(fx.map_arg(results, mapping.__getitem__))
+        return found
+
+    def _returned(self, node: Any) -> Place:
+        if not isinstance(node, fx.Node):
+            raise StreamingError(f"the model returns {node!r}, which is no tensor")
+        place = self.places[node]
+        whole = place.kind == "sum" and len(place.steps) == self.steps
+        last = place.kind == "step" and place.steps == {self.steps - 1}
+        if not (whole or last or place.kind in ("none", "stacked", "flat")):
+            raise StreamingError(f"{node.name} ({node.target}) returns single steps")
+        return place
+
+    # -- one call ---------------------------------------------------------------------------------
+
+    def _emit(self, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        """A call of the step's graph; the same call twice is one."""
+        key = (target, repr(args), repr(kwargs or {}))
+        if key not in self._known:
+            self._known[key] = self.graph.call_function(target, args, kwargs or {})
+        return self._known[key]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.twins.__getitem__)
+        return self._emit(node.target, args, kwargs)
+
+    def _set(self, node: fx.Node, twin: fx.Node, place: Place) -> None:
+        self.twins[node], self.places[node] = twin, place
+
+    def _refuse(self, node: fx.Node, why: str) -> StreamingError:
+        where = node.meta.get("where")
+        return StreamingError(f"{node.name} ({node.target}){f' at {where}' if where else ''} {why}")
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is SCAN:
+            return self._scan(node)
+        if node.target is operator.getitem and node.args[0] in self._results:  # type: ignore[operator]
+            twin, place = self._results[node.args[0]][node.args[1]]  # type: ignore[index]
+            return self._set(node, twin, place)
+        reads = node.all_input_nodes
+        kinds = {self.places[one].kind for one in reads} - {"none"}
+        if not kinds:
+            return self._set(node, self._copied(node), NONE)
+        builder = Builder(None, node)  # type: ignore[arg-type]
+        op = acting(node, builder)
+        if kinds == {"stacked"} or kinds == {"flat"}:
+            return self._together(node, op)
+        if kinds == {"step"} and isinstance(op, (ops.Stack, ops.Cat)):
+            return self._joined(node, op)
+        moments = {self.places[one].steps for one in reads if self.places[one].kind != "none"}
+        if kinds == {"step"} and len(moments) == 1:
+            return self._set(node, self._copied(node), Place("step", 0, moments.pop()))
+        return self._summed(node, op)
+
+    def _scan(self, node: fx.Node) -> None:
+        operands: Any = node.args
+        body, _, states, xs, others = operands
+        for one in xs:
+            if self.places[one] != Place("stacked", 0):
+                raise self._refuse(node, f"reads {one.name}, which is the same whatever the input")
+        for one in (*others, *states):
+            place = self.places[one]
+            first = one in states and place == Place("step", 0, frozenset({0}))
+            if place != NONE and not first:
+                raise self._refuse(node, f"reads {one.name} of more than one step")
+        own = [next(self._free) for _ in states]
+        held = [self.states[one][0] for one in own]
+        now = [self._emit(aten.unsqueeze.default, (self.twins[one], 0)) for one in xs]
+        scan = self._emit(SCAN, (body, 1, held, now, [self.twins[one] for one in others]))
+        count = len(node.meta["val"]) - len(held)
+        parts = [self._emit(operator.getitem, (scan, i)) for i in range(count + len(held))]
+        found = [
+            (self._emit(aten.select.int, (one, 0, 0)), Place("stacked", 0)) for one in parts[:count]
+        ]
+        for slot, after, one in zip(own, parts[count:], states, strict=True):
+            self.states[slot] = (self.states[slot][0], self.twins[one], after)
+            found.append((after, Place("step", 0, frozenset({self.steps - 1}))))
+        self._results[node] = found
+        self._set(node, scan, NONE)
+
+    def _joined(self, node: fx.Node, op: Any) -> None:
+        parts = [one.node for one in op.tensors]
+        order = [self.places[one].steps for one in parts]
+        if order != [frozenset({t}) for t in range(self.steps)]:
+            raise self._refuse(node, "joins some of the steps")
+        if len({self.twins[one] for one in parts}) > 1:
+            raise self._refuse(node, "joins steps that are not computed alike")
+        stack = isinstance(op, ops.Stack)
+        if not stack and op.dim:
+            raise self._refuse(node, "joins steps along another axis than the first")
+        place = Place("stacked", op.dim % op.out.ndim) if stack else FLAT
+        self._set(node, self.twins[parts[0]], place)
+
+    def _summed(self, node: fx.Node, op: Op | None) -> None:
+        """A sum over steps, which leads to the output."""
+        reads = [one for one in node.all_input_nodes if self.places[one].kind != "none"]
+        alike = len({self.twins[one] for one in reads}) == 1
+        places = [self.places[one] for one in reads]
+        if isinstance(op, ops.Add) and len(reads) == 2 and alike:
+            one, two = (place.steps for place in places)
+            if not one & two and all(place.kind in ("step", "sum") for place in places):
+                return self._set(node, self.twins[reads[0]], Place("sum", 0, one | two))
+        scaled = isinstance(op, (ops.Mul, ops.Div)) and len(node.all_input_nodes) == 1
+        if scaled and places[0].kind == "sum" and len(places[0].steps) == self.steps:
+            return self._set(node, self.twins[reads[0]], places[0])
+        if any(place.kind == "sum" for place in places):
+            raise self._refuse(node, "reads a sum over the steps")
+        raise self._refuse(node, "reads more than one step")
+
+    # -- all steps at once ------------------------------------------------------------------------
+
+    def _together(self, node: fx.Node, op: Op | None) -> None:
+        reads = [one for one in node.all_input_nodes if self.places[one].kind != "none"]
+        places = {self.places[one] for one in reads}
+        if len(places) > 1:
+            raise self._refuse(node, "reads values with time along different axes")
+        (place,) = places
+        one = reads[0]
+        if op is None:
+            raise self._refuse(node, "may mix the steps: nothing is known of it")
+        if isinstance(op, ops.Reshape):
+            return self._reshaped(node, op, place)
+        if place.kind == "stacked":
+            axis = place.axis
+            if isinstance(op, ops.Select):
+                dim = op.dim % op.input.ndim
+                if dim == axis:
+                    at = frozenset({op.index % self.steps})
+                    return self._set(node, self.twins[one], Place("step", 0, at))
+                made = self._emit(aten.select.int, (self.twins[one], dim - (dim > axis), op.index))
+                return self._set(node, made, Place("stacked", axis - (dim < axis)))
+            if isinstance(op, ops.Permute):
+                dims = [dim - (dim > axis) for dim in op.dims if dim != axis]
+                made = self.twins[one]
+                if dims != sorted(dims):
+                    made = self._emit(aten.permute.default, (made, dims))
+                return self._set(node, made, Place("stacked", op.dims.index(axis)))
+            if isinstance(op, (ops.Mean, ops.Sum)):
+                return self._reduced(node, op, axis)
+        data = frozenset(slot for slot, value in slots(op).items() if value.node in reads)
+        found = form(op, data)
+        if place.kind == "stacked" and (place.axis or {"dim", "dims"} & set(op.field_names())):
+            pointwise = (
+                ops.Unary,
+                ops.Binary,
+                ops.Compare,
+                ops.Cast,
+                ops.Copy,
+                ops.Detach,
+                Pointwise,
+            )
+            if not (isinstance(op, pointwise) and len(node.all_input_nodes) == len(reads)):
+                raise self._refuse(node, "may mix the steps, which do not lie along its first axis")
+        elif not (isinstance(found, Form) and found.flat):
+            raise self._refuse(
+                node, f"may mix the steps{f': {found}' if isinstance(found, str) and found else ''}"
+            )
+        self._set(node, self._copied(node), place)
+
+    def _reduced(self, node: fx.Node, op: Any, axis: int) -> None:
+        dims = [dim % op.input.ndim for dim in op.dims] or list(range(op.input.ndim))
+        made = self.twins[op.input.node]
+        rest = [dim - (dim > axis) for dim in dims if dim != axis]
+        target = aten.mean.dim if isinstance(op, ops.Mean) else aten.sum.dim_IntList
+        if rest:
+            made = self._emit(target, (made, rest, op.keepdim))
+        if axis in dims:
+            if op.keepdim:
+                raise self._refuse(node, "keeps an axis for the sum over time")
+            return self._set(node, made, Place("sum", 0, frozenset(range(self.steps))))
+        after = axis if op.keepdim else axis - sum(dim < axis for dim in dims)
+        return self._set(node, made, Place("stacked", after))
+
+    def _reshaped(self, node: fx.Node, op: Any, place: Place) -> None:
+        """Axes merged or split beside that of time; time and rows merged into one or parted again."""
+        before, after = tuple(op.input.shape), tuple(op.out.shape)
+        twin = self.twins[op.input.node]
+        named = list(node.meta["type"]["shape"])
+        if place.kind == "flat":
+            if (
+                after[0] == self.steps
+                and after[1:2] == (before[0] // self.steps,)
+                and after[2:] == before[1:]
+            ):
+                return self._set(node, twin, Place("stacked", 0))
+            if after[0] == before[0]:
+                return self._set(node, self._viewed(node, twin, [-1, *named[1:]]), FLAT)
+            raise self._refuse(
+                node, "splits steps from their rows in another way than they were joined"
+            )
+        axis = place.axis
+        if axis == 0 and len(before) > 1 and after == (before[0] * before[1], *before[2:]):
+            return self._set(node, twin, FLAT)
+        for to, size in enumerate(after):
+            if size == self.steps and prod(after[:to]) == prod(before[:axis]):
+                sizes = [*named[:to], *named[to + 1 :]]
+                return self._set(node, self._viewed(node, twin, sizes), Place("stacked", to))
+        raise self._refuse(node, "merges the axis of time with another")
+
+    def _viewed(self, node: fx.Node, twin: fx.Node, named: Sequence[Any]) -> fx.Node:
+        sizes = [size if isinstance(size, int) else -1 for size in named]
+        if sizes.count(-1) > 1:
+            raise self._refuse(node, "has more than one dynamic size")
+        return self._emit(aten.reshape.default, (twin, sizes))
+
+
+def infer(module: fx.GraphModule) -> None:
+    """Give every node a fake tensor, dynamic sizes being small primes that no other size is."""
+    nodes = list(module.graph.nodes)
+    taken = {size for node in nodes for size in node.meta.get("type", {}).get("shape", ())
+             if isinstance(size, int)}  # fmt: skip
+    primes = (
+        one for one in itertools.count(11)
+        if one not in taken and all(one % i for i in range(2, one))
+    )  # fmt: skip
+    sizes: dict[str, int] = defaultdict(lambda: next(primes))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        for node in nodes:
+            if node.op == "placeholder":
+                kind = node.meta["type"]
+                shape = [one if isinstance(one, int) else sizes[one] for one in kind["shape"]]
+                node.meta["val"] = torch.empty(shape, dtype=getattr(torch, kind["dtype"]))
+            elif node.op == "get_attr":
+                held = operator.attrgetter(str(node.target))(module)
+                node.meta["val"] = mode.from_tensor(held.detach(), static_shapes=True)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
