@@ -30,7 +30,7 @@ def two_regions(x):
     return torch.erf(x).softmax(-1), (x * 2).softmax(0)
 
 
-@pytest.mark.parametrize("wish", [*keyword.kwlist, *RESERVED, "", "_", "2d", "add_mul"])
+@pytest.mark.parametrize("wish", [*keyword.kwlist, *sorted(RESERVED), "", "_", "2d", "add_mul"])
 def test_every_name_can_stand_in_a_kernel(wish):
     name = identifier(wish)
     assert name.isidentifier()
