@@ -36,7 +36,7 @@ PRESETS = {
     "tune": "canonicalize,fold-thresholds,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
     "multiply-out,fold-thresholds,canonicalize",
-    "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings,canonicalize,"
+    "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings{least=4},canonicalize,"
     "settle-thresholds,tune,drop-zeros,stack-siblings,roll-steps,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")

@@ -52,7 +52,7 @@ EQUIVALENT = {
         "emits the same op with the same fields, whatever call it was spelled with",
     ("merge_permutes", "if dims == tuple(range(len(dims))): return inner.input  ->  "
      "if False: return inner.input"): "emits the identity permutation, which is the value",
-    ("merge_reshapes", "if shape == inner.input.shape: return inner.input  ->  "
+    ("merge_reshapes", "if same_shape(shape, inner.input.shape): return inner.input  ->  "
      "if False: return inner.input"): "emits a reshape to the shape that the value has",
     ("merge_reshapes", "rw.match(sum((not isinstance(size, int) for size in shape)) <= 1)  ->  "
      "(nothing)"): _SIZES,
@@ -68,14 +68,14 @@ EQUIVALENT = {
         "the shape that the reshape was called with does too",
     ("drop_single_cat", "_same_type(op.tensors[0], rw, op.out)  ->  op.tensors[0]"): _ONE_PIECE,
     ("drop_single_cat", "rw.match(len(op.tensors) == 1)  ->  (nothing)"): _SAME_SHAPE,
-    ("drop_single_cat: _same_type", "value.dtype == out.dtype and value.shape == out.shape  ->  "
+    ("drop_single_cat: _same_type", "value.dtype == out.dtype and same_shape(value.shape, out.shape)  ->  "
      "value.dtype == out.dtype"): _ONE_PIECE,
-    ("drop_single_cat: _same_type", "value.dtype == out.dtype and value.shape == out.shape  ->  "
-     "value.shape == out.shape"): _ONE_PIECE,
-    ("drop_single_cat: _same_type", "value.dtype == out.dtype and value.shape == out.shape  ->  "
-     "value.dtype == out.dtype or value.shape == out.shape"): _ONE_PIECE,
-    ("drop_single_cat: _same_type", "rw.match(value.dtype == out.dtype and value.shape == "
-     "out.shape)  ->  (nothing)"): _ONE_PIECE,
+    ("drop_single_cat: _same_type", "value.dtype == out.dtype and same_shape(value.shape, out.shape)  ->  "
+     "same_shape(value.shape, out.shape)"): _ONE_PIECE,
+    ("drop_single_cat: _same_type", "value.dtype == out.dtype and same_shape(value.shape, out.shape)  ->  "
+     "value.dtype == out.dtype or same_shape(value.shape, out.shape)"): _ONE_PIECE,
+    ("drop_single_cat: _same_type", "rw.match(value.dtype == out.dtype and "
+     "same_shape(value.shape, out.shape))  ->  (nothing)"): _ONE_PIECE,
     ("_extract[ops.Copy]", "rw.match(not getattr(op, 'train', False))  ->  "
      "rw.match(not getattr(op, 'train', True))"): f"a copy is refused: {_FEWER}",
     ("merged_axis", "for last in range(axis + 1, len(before)):  ->  "

@@ -21,6 +21,7 @@ LAWS = tuple(
     f"graphopt.ir.{name}"
     for name in (
         "affine",
+        "sizes",
         "borders",
         "absorb",
         "extract",

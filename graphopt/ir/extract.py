@@ -91,7 +91,7 @@ def _takes_input_side(rw: Rewriter, user: Any, ways: tuple[type, ...], padded: b
 
 def into_linear(rw: Rewriter, linear: ops.Linear, sources: tuple[type, ...]) -> Value:
     """A linear map that has taken in the scale and shift of its input."""
-    value, by, _ = extract(rw, linear.input, sources)
+    value, by, source = extract(rw, linear.input, sources)
     rw.require(
         by.lies_on(linear.input.ndim - 1),
         f"its channels are not the features that {describe(linear.out)} reads",
@@ -103,7 +103,10 @@ def into_linear(rw: Rewriter, linear: ops.Linear, sources: tuple[type, ...]) -> 
         bias = response.to(weight.dtype) if bias is None else plus(bias, response)
     if by.scale is not None:
         weight = times(weight, by.scale)
-    return rw.emit_like(linear, input=value, weight=weight, bias=bias)
+    folded = rw.emit_like(linear, input=value, weight=weight, bias=bias)
+    if isinstance(source, NORMS):  # where they are, gain and shift cost little
+        rw.stored_once([linear])
+    return folded
 
 
 def into_conv(rw: Rewriter, conv: ops.Conv, sources: tuple[type, ...]) -> Value:
@@ -121,7 +124,10 @@ def into_conv(rw: Rewriter, conv: ops.Conv, sources: tuple[type, ...]) -> Value:
         kernel = conv.response_kernel(shift)
         response = kernel.sum(tuple(range(1, kernel.ndim)))
         bias = response.to(conv.weight.dtype) if conv.bias is None else plus(conv.bias, response)
-        return rw.conv_like(conv, input=value, weight=weight, bias=bias)
+        folded = rw.conv_like(conv, input=value, weight=weight, bias=bias)
+        if isinstance(source, NORMS):
+            rw.stored_once([conv])
+        return folded
     before, after = numel(source.out), numel(conv.out)
     rw.require(
         after <= before,

@@ -38,18 +38,14 @@ def absorb_number(op: ops.Mul | ops.Div | ops.Add | ops.Sub, rw: Rewriter) -> Va
 @rewrite
 def absorb_into_linear(linear: ops.Linear, rw: Rewriter) -> Value:
     """Scales and shifts of what a linear map reads move into it, a norm's gain and shift too."""
-    folded = into_linear(rw, linear, _SOURCES)
-    rw.stored_once([linear])
-    return folded
+    return into_linear(rw, linear, _SOURCES)
 
 
 @rewrite
 def absorb_into_conv(conv: ops.Conv, rw: Rewriter) -> Value:
     """Scales and shifts of what a convolution reads move into it: a mean and a standard deviation,
     for example, or a norm's gain and shift."""
-    folded = into_conv(rw, conv, _SOURCES)
-    rw.stored_once([conv])
-    return folded
+    return into_conv(rw, conv, _SOURCES)
 
 
 @rewrite

@@ -77,6 +77,7 @@ class BatchSiblings(Pass):
     """One layer applied to several values is applied to all of them at once."""
 
     name = NAME
+    least: int = 2  # calls of one layer
     # How much longer it may take, by estimate, to have one op where there were several: bringing rows
     # together moves memory, until what computes them brings them together itself.
     slack: float = 0.5
@@ -90,7 +91,8 @@ class BatchSiblings(Pass):
         session.graph.eliminate_dead_code()
         plan = find_siblings(session.graph)
         reasons = dict(plan.reasons)
-        classes = list(self._paying(session, plan.classes, reasons))
+        enough = [one for one in plan.classes if len(one.members) >= self.least]
+        classes = list(self._paying(session, enough, reasons))
         if classes and not session.applications.exhausted:
             bring_together(session.graph, [one.members for one in classes])
             copies = _outputs_apart(session.graph, classes)
