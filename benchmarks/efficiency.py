@@ -29,6 +29,9 @@ CONV = {
     "grouped": [(128, 128, 3, 32, 28), (256, 256, 3, 32, 14)],
     "depthwise": [(96, 96, 3, 96, 56), (192, 192, 7, 192, 28), (384, 384, 3, 384, 14)],
 }
+NORMS = {"layer norm": nn.LayerNorm, "rms norm": nn.RMSNorm}
+FLOPS_PER_FEATURE = {"layer norm": 5, "rms norm": 3}  # as graphopt.ir.ops.norm counts them
+TOKENS = [(197, 384), (512, 768), (1576, 384), (3136, 192)]
 MATMUL = [(197, 384, 1536), (197, 768, 768), (49, 1024, 1024)]
 
 
@@ -77,6 +80,13 @@ def measure(backend: str, device: str) -> dict[str, Any]:
         2.0 * rows * inside * out / (timed(nn.Linear(inside, out), rows, inside) - launch)
         for rows, inside, out in MATMUL
     ])  # fmt: skip
+    for kind, norm in NORMS.items():
+        print(f"{backend} {device}: {kind}", flush=True)
+        plain = {"eps": 1e-5, "elementwise_affine": False}
+        rates[kind] = _mean([
+            FLOPS_PER_FEATURE[kind] * rows * width / (timed(norm(width, **plain), rows, width) - launch)
+            for rows, width in TOKENS
+        ])  # fmt: skip
     return {"launch": launch, "bandwidth": bandwidth, "rates": rates}
 
 

@@ -4,7 +4,7 @@
 
 Ops are the primitive ones, views not counted; Inductor's count is of the kernels in the code that it
 generates for the CPU (its fusion, without a GPU) and of its calls of the framework's. Results go to
-benchmarks/results/triton_models.json.
+benchmarks/results/triton_models.json, where the rows of models that are not named stay.
 """
 
 from __future__ import annotations
@@ -84,12 +84,16 @@ def inductor(fast: Any, inputs: Any, more: dict[str, Any]) -> tuple[int, int]:
 
 
 def main() -> None:
-    rows = []
-    for name in sys.argv[1:] or [*zoo.MODELS, "adapters"]:
-        rows.append(measured(name))
-        print(json.dumps(rows[-1]), flush=True)
-    if not sys.argv[1:]:
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    names = [*zoo.MODELS, "adapters"]
+    if unknown := set(sys.argv[1:]) - set(names):
+        sys.exit(f"unknown models {sorted(unknown)}; expected of {', '.join(names)}")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = {row["model"]: row for row in known}
+    for name in sys.argv[1:] or names:
+        rows[name] = measured(name)
+        print(json.dumps(rows[name]), flush=True)
+        kept = [rows[one] for one in names if one in rows]
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ from graphopt.streaming import (
     StreamingError as StreamingError,
     streaming as streaming,
 )
+from graphopt.training.swaps import (
+    SwapError as SwapError,
+    swap_attention as swap_attention,
+    swap_norm as swap_norm,
+)
 from graphopt.verify.compare import Comparison as Comparison, verify as verify
 from graphopt.verify.side import VerifyError as VerifyError
 

@@ -76,7 +76,10 @@ class OptimizedModule(nn.Module):
     def kernels(self) -> tuple[Any, ...]:
         """The generated kernels: name, kind, source, origin modules, bytes and FLOPs of each; none
         with a backend that generates no source of its own."""
-        if self._run is None and self._lower is not None and self.graph_module is not None:
+        if self.graph_module is None:
+            regions = (one for one in self.modules() if isinstance(one, OptimizedModule))
+            return tuple(kernel for one in regions if one is not self for kernel in one.kernels)
+        if self._run is None and self._lower is not None:
             args, kwargs = self.example_inputs()
             self._lowered()(*args, **kwargs)
         return tuple(getattr(self._run, "kernels", ()))

@@ -282,7 +282,7 @@ def _lower(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, report: Report
 ) -> Any:
     """The callable of the backend asked for, checked on the inputs; eager, with a note, if none is
-    good."""
+    good. What it says of itself, the lines `remarks` that some have, goes to the report."""
     if options.backend == "eager":
         return module
     names = backends.candidates() if options.backend == "auto" else [backends.find(options.backend)]
@@ -328,7 +328,10 @@ def _lower(
                 round(1e3 * seconds, 3) for one, seconds in ranked if one.name == row["backend"]
             )
         report.backend = ranked[0][0].name
-    return next(run for backend, run in good if backend.name == report.backend)
+    run = next(run for backend, run in good if backend.name == report.backend)
+    remarks = getattr(run, "remarks", ())
+    report.backend_notes += [f"{report.backend}: {one}" for one in remarks]
+    return run
 
 
 def _backend_limit(outputs: list[Any]) -> float:

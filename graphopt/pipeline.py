@@ -34,10 +34,10 @@ from graphopt.sources import SourceError, import_object
 
 PRESETS = {
     "tune": "canonicalize,fold-thresholds,"
-    "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,"
+    "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,absorb-scales,"
     "multiply-out,fold-thresholds,canonicalize",
     "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings{least=4},canonicalize,"
-    "settle-thresholds,tune,drop-zeros,stack-siblings,roll-steps,materialize,canonicalize",
+    "settle-thresholds,tune,center-norms,drop-zeros,stack-siblings,roll-steps,materialize,canonicalize",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
 _TOGETHER = re.compile(r"\[([^\[\]]*)\](?:,|$)")

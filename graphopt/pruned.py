@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphopt.ir.capture import clone_inputs
+from graphopt.ir.capture import clone_inputs, copy_module
 from graphopt.ir.inputs import as_call
 from graphopt.module import OptimizedModule
 from graphopt.optimize import optimize
@@ -48,7 +47,7 @@ def prune_module(
     if not result.report.applied:
         records = [*result.report.rolled_back, *result.report.refused]
         raise NotExpressible("; ".join(one.reason for one in records) or "no channels may go")
-    small = copy.deepcopy(model)
+    small = copy_module(model)
     states: dict[str, Tensor] = {**dict(result.named_parameters()), **dict(result.named_buffers())}
     shared: dict[int, Tensor] = {}
     for path, module in small.named_modules():
@@ -122,7 +121,7 @@ def _check(small: nn.Module, result: OptimizedModule, call: tuple[Any, Any]) -> 
     def outputs(of: nn.Module) -> list[Any]:
         args, kwargs = clone_inputs(*call)
         with torch.no_grad():
-            return pytree.tree_leaves(copy.deepcopy(of)(*args, **kwargs))
+            return pytree.tree_leaves(copy_module(of)(*args, **kwargs))
 
     try:
         found = outputs(small)

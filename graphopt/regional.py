@@ -4,6 +4,7 @@ eager, as torch.compile does with graph breaks."""
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ def optimize_regions(
     report.refused += list(_eager_norms(shell))
     for path, region in report.regions.items():
         _add_up(report, path, region)
+    report.backend_notes += _backends(report)
     return OptimizedModule(shell, None, report)
 
 
@@ -74,6 +76,16 @@ def _add_up(report: Report, path: str, region: Report) -> None:
         seconds[name] = seconds.get(name, 0.0) + spent
     report.passes = list(seconds.items())
     report.validation_seconds += region.validation_seconds
+
+
+def _backends(report: Report) -> list[str]:
+    """What the regions run on, where that is not eager; their own reports say more."""
+    count = Counter(region.backend for region in report.regions.values())
+    whole = len(report.regions)
+    return [
+        f"{name}: runs {number} of {whole} regions; what was not captured runs eager"
+        for name, number in count.items() if name != "eager"
+    ]  # fmt: skip
 
 
 def _watch(

@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphopt.ir.graph import Signature
-from graphopt.ir.recurrence.one_step import NONE, OneStep, Place, StreamingError
+from graphopt.ir.recurrence.one_step import NONE, SAME, OneStep, Place, StreamingError
 from graphopt.ir.recurrence.operator import SCAN
 from graphopt.module import OptimizedModule, _place, retarget
 
@@ -51,9 +51,9 @@ def streaming(module: OptimizedModule, axis: int | str | None = "auto") -> Strea
         raise StreamingError(f"expected loops of one length, found {found}")
     (steps,) = counts
     reasons = []
-    for places in _placements(graph, steps, axis):
+    for repeated, places in itertools.product((False, True), _placements(graph, steps, axis)):
         try:
-            made = OneStep(graph, steps, places).build()
+            made = OneStep(graph, steps, places, repeated).build()
             live = Streaming(graph, *made, module._signature)
             _check(module, graph, steps, places, live)
             return live
@@ -61,7 +61,7 @@ def streaming(module: OptimizedModule, axis: int | str | None = "auto") -> Strea
             reasons.append(str(reason))
     if not reasons:
         raise StreamingError(f"no input has an axis of {steps} steps; expected one, or axis=None")
-    raise StreamingError(reasons[0])
+    raise StreamingError(next((one for one in reasons if SAME not in one), reasons[0]))
 
 
 class Streaming(nn.Module):

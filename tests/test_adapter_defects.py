@@ -20,9 +20,9 @@ value, measured on the models below.
     D13  ... with a bias in the adapter, merged unscaled        refused
     D14  trainable tokens on a linear map: no bias in forward   merged      0.3
 
-D9 to D13 are refused because merged they would store more; `untie`, `dequantize` allow it. D12 is
-not here: on some processors a 4-bit library repacks a weight in place during forward and then reads
-it wrongly itself, which needs that library and such a processor, and which no graph shows.
+D9 to D13 are refused because merged they would store more; `untie`, `dequantize` and `requantize` allow
+it. D12 is not here: on some processors a 4-bit library repacks a weight in place during forward and then
+reads it wrongly itself, which needs that library and such a processor, and which no graph shows.
 """
 
 from __future__ import annotations
@@ -364,6 +364,19 @@ def test_d11_dequantized_it_merges_and_rounding_it_again_would_lose() -> None:
     model = quantized()
     again = nn.Sequential(Quantized(*dequantized(model)), nn.Tanh())
     assert relative_error(again(tensor(3, 16)), output_of(model, (tensor(3, 16),))) > 1e-3
+
+
+@OPTIONS
+def test_d11_d13_rounded_again_where_that_is_asked_for_it_says_what_is_lost(
+    options: dict[str, bool],
+) -> None:
+    model, x = quantized(**options), tensor(3, 16)
+    fast = graphopt.optimize(model, (x,), passes="requantize,deploy")
+    assert ops_of(fast)[-2:] == LINEAR
+    assert "add" not in ops_of(fast)
+    (rounded,) = (one for one in fast.report.applied if one.rewrite == "requantize")
+    assert 0 < rounded.error < 0.1
+    assert 0 < relative_error(output_of(fast, (x,)), output_of(model, (x,))) < 0.05
 
 
 def test_d13_dequantized_it_merges_with_the_bias_scaled_like_the_rest() -> None:

@@ -14,7 +14,8 @@ import graphopt
 from benchmarks.spiking.libraries import SPIKES, Snn, jelly_vgg, mpbn
 from benchmarks.spiking.nets import Neuron, Recorded, Style, vgg
 from benchmarks.spiking.train import Digits, accuracy, digits, encode, mix_signs, train
-from tests.helpers import norms_left
+from graphopt.ir.capture import copy_module
+from tests.helpers import assert_equal, norms_left
 
 STEPS = 3
 UNROLLED = "canonicalize,drop-gradients,fold-thresholds"
@@ -62,8 +63,7 @@ def test_spikes_of_all_layers_are_those_of_the_source(name: str, data: Digits) -
     """In float64, for a batch of another size than the example's, with scales of both signs and zeros."""
     x = digits(16 if name == "snnTorch" else 8).test_x[:40].double()
     source = Recorded(mix_signs(calibrated(NETS[name], x), size=2.0), (Neuron, *SPIKES))
-    # snnTorch's neurons keep the shape of the last batch, which capture takes for the only one.
-    fast = graphopt.optimize(source, (x if name == "snnTorch" else x[:3],))
+    fast = graphopt.optimize(source, (x[:3],))
     assert fast.report.rolled_back == [] and norms_left(fast) == 0
     assert spikes_differ(source, fast, x) == 0
 
@@ -95,9 +95,48 @@ def test_a_state_that_the_norm_overwrites_needs_the_norm(reset: str) -> None:
     fast = graphopt.optimize(source, (x[:3],))
     assert spikes_differ(source, fast, x) == 0
     plain = graphopt.optimize(source, (x[:3],), passes=UNROLLED)
-    reasons = {one.reason for one in plain.report.refused if one.rewrite == "fold-threshold"}
-    assert any("read elsewhere too, so it has to be computed" in one for one in reasons)
-    assert norms_left(plain) == 1 + STEPS - 1  # the convolution's, and but for the last step
+    for one in (fast, plain):
+        refused = [each for each in one.report.refused if each.rewrite == "fold-threshold"]
+        assert any(
+            "read elsewhere too, so it has to be computed" in each.reason for each in refused
+        )
+        assert any("the steps of a loop stay alike" in each.reason for each in refused)
+    assert norms_left(plain) == plain.report.after.batch_norms == 1 + STEPS  # the convolution's too
+    scans = [node for node in fast.graph_module.graph.nodes if "scan" in str(node.target)]
+    assert len(scans) == 1 and norms_left(fast) == 0
+    assert fast.report.after.batch_norms == 1  # of the step
+    assert fast.report.before.batch_norms == 1 + STEPS
+
+
+@pytest.mark.parametrize("node", ["if", "soft mpbn"])
+def test_step_by_step_every_neuron_is_one_loop(node: str) -> None:
+    """With the same image at every step, which tells no steps to the first neuron."""
+    x = digits(8).test_x[:20].double()
+    model = mix_signs(calibrated(lambda: jelly_vgg(node, "s", 4, 8, (6, 0, 8)), x))
+    fast = graphopt.optimize(model, (x[:3],))
+    scans = [one for one in fast.graph_module.graph.nodes if "scan" in str(one.target)]
+    assert [one.args[1] for one in scans] == [4, 4]
+    assert_equal(fast(x), model(x))
+    live = graphopt.streaming(fast)
+    assert_equal(sum(live(x) for _ in range(4)) / 4, model(x))
+
+
+@pytest.mark.parametrize(("hidden", "reset"), [(False, "zero"), (True, "subtract")])
+def test_a_net_that_was_just_trained(hidden: bool, reset: str) -> None:
+    """Its states are results of the last batch, which is as large as the example here."""
+    torch.manual_seed(0)
+    model = Snn("leaky", 4, 12, hidden=hidden, reset=reset)
+    x = digits(12).test_x[:5]
+    model.train()(x).sum().backward()
+    model.double().eval()
+    fast = graphopt.optimize(model, (x.double(),))
+    assert fast.report.capture.notes == [] and fast.report.rolled_back == []
+    for rows in (3, 5, 9):
+        x = digits(12).test_x[:rows].double()
+        assert torch.equal(fast(x), copy_module(model)(x))
+    live = graphopt.streaming(fast)
+    total = sum(live(x) for _ in range(4))
+    assert_equal(total / 4, fast(x))
 
 
 def test_the_library_says_something_else_about_negative_scales() -> None:

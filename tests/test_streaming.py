@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.streaming import StreamingError, streaming
-from tests.helpers import EXACT, assert_equal, prepare, tensor
-from tests.ir.test_recurrence import lif
+from tests.helpers import EXACT, Net, assert_equal, prepare, tensor
+from tests.ir.test_recurrence import lif, over_time
 from tests.passes.test_roll_steps import PASSES
 
 BATCHED = PASSES.replace("roll-steps", "batch-siblings,roll-steps")
@@ -89,6 +89,77 @@ def test_a_mean_over_time_is_left_off(read: str):
     live = streaming(optimized(model, x))
     steps = [live(x[:, t]) for t in range(STEPS)]
     assert_equal(torch.stack(steps).mean(0), model(x), limit=EXACT)
+
+
+class Encoded(nn.Module):
+    """Frames shown at every step, or `[N, T, ..]`, and steps that are put into the batch in ways of
+    their own."""
+
+    def __init__(self, shown: str, read: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 9, 3)
+        self.shown, self.read = shown, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = {"repeat": lambda: x.repeat(STEPS, 1, 1, 1, 1),
+             "expand": lambda: x.unsqueeze(0).expand(STEPS, -1, -1, -1, -1),
+             "inside": lambda: x.unsqueeze(1).repeat(1, STEPS, 1, 1, 1).transpose(0, 1),
+             "stack": lambda: torch.stack([x] * STEPS),
+             "frames": lambda: x.transpose(0, 1)}[self.shown]()  # fmt: skip
+        c = self.norm(self.conv(x.flatten(0, 1)))
+        c = c.view(STEPS, x.shape[1], *c.shape[1:])
+        v, made = torch.zeros_like(c[0]), []
+        for one in c:
+            s, v = lif(one, v)
+            made.append(s)
+        s = torch.stack(made)
+        if self.read == "rows":  # time and rows, and what is left, in one go
+            return self.head(s.reshape(-1, 4 * 9)).unflatten(0, (STEPS, -1))
+        if self.read == "apart":
+            return s.flatten(0, 1).view(STEPS, -1, 2, 2 * 9).transpose(0, 1)
+        return self.head(s.flatten(2))
+
+
+@pytest.mark.parametrize(("shown", "read"), [
+    ("repeat", "steps"), ("expand", "rows"), ("inside", "apart"), ("stack", "rows"),
+    ("frames", "steps"), ("frames", "rows"), ("frames", "apart"),
+])  # fmt: skip
+def test_images_that_are_repeated_and_steps_that_are_rows(shown: str, read: str):
+    model = prepare(Encoded(shown, read))
+    x = 3 * tensor(5, STEPS, 2, 3, 3)
+    given = x if shown == "frames" else x[:, 0]
+    live = streaming(optimized(model, given))
+    truth = model(given)
+    for t in range(STEPS):
+        now = x[:, t] if shown == "frames" else x[:, 0]
+        expected = truth[:, t] if read == "apart" else truth[t]
+        assert_equal(live(now), expected, limit=EXACT)
+    assert 0 < truth.abs().max()
+
+
+def test_another_input_for_every_step_of_what_is_repeated():
+    """What the module repeats is one step: the steps may read different ones when they come alone."""
+    model, x = prepare(Encoded("repeat", "steps")), 3 * tensor(5, STEPS, 2, 3, 3)
+    live = streaming(optimized(model, x[:, 0]))
+    frames = Encoded("frames", "steps").double().eval()
+    frames.load_state_dict(model.state_dict())
+    truth = frames(x)
+    for t in range(STEPS):
+        assert_equal(live(x[:, t]), truth[t], limit=EXACT)
+
+
+def test_a_factor_of_every_step_is_refused():
+    def body(net: Any, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).flatten(0, 1)
+        c = net.conv(x).unflatten(0, (STEPS, -1)) * net.factor.view(-1, 1, 1, 1, 1)
+        return torch.stack(over_time(lif, c.unbind(), [torch.zeros_like(c[0])])[0])  # type: ignore[arg-type]
+
+    model = prepare(Net(body, conv=nn.Conv2d(2, 4, 3)))
+    model.factor = nn.Parameter(torch.linspace(0.5, 2.0, STEPS, dtype=torch.float64))
+    fast = optimized(model, 3 * tensor(3, STEPS, 2, 5, 5))
+    with pytest.raises(StreamingError, match="may mix the steps"):
+        streaming(fast)
 
 
 @torch.no_grad()

@@ -49,12 +49,12 @@ ROUNDS = 5
 class Logits(nn.Module):
     """A language model from token ids to logits, without a cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 8) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
         config = LlamaConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=layers, num_attention_heads=8,
             num_key_value_heads=8, vocab_size=2048, max_position_embeddings=256,
         )  # fmt: skip
         torch.manual_seed(0)

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def capture(
     kwargs = dict(kwargs or {})
     with gradients.counted() as called:
         expected, deterministic = reference_run(model, args, kwargs)
+    states = [] if dynamic_shapes is not None else states_of_rows(model, args, kwargs)
     attempts: dict[str, str] = {}
     for name, rung, custom in _ladder(model, args, kwargs, dynamic_shapes):
         for keep in (True, False) if custom and called.count else (False,):
@@ -82,6 +84,7 @@ def capture(
                 attempts[name] = f"the graph computes something else: {difference}"
                 continue
             notes = source_notes(model) + gradients.notes(called, calls)
+            notes += _fixed_rows(graph, states)
             if not deterministic:
                 notes.append(
                     "two runs of the model differ; the captured graph could not be compared with it"
@@ -132,9 +135,9 @@ def _ladder(
         yield "export", lambda: export(model, (args, kwargs), dynamic_shapes, False), True
         yield "export strict", lambda: export(model, (args, kwargs), dynamic_shapes, True), False
         return
-    batched = with_dynamic_batch(args, kwargs)
-    if batched is not None:
-        yield "export", lambda: export(model, batched[:2], batched[2], False), True
+    for more in (1, 0) if states_of_rows(model, args, kwargs) else (0,):
+        if (found := with_dynamic_batch(args, kwargs, more)) is not None:
+            yield "export", partial(export, model, found[:2], found[2], False), True
     yield "export static", lambda: export(model, (args, kwargs), None, False), True
     yield "export strict", lambda: export(model, (args, kwargs), None, True), False
 
@@ -144,31 +147,56 @@ def _ladder(
     yield "symbolic trace", traced, False
 
 
-def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any], more: int = 0) -> Any:
     """Inputs with at least two rows and their dynamic shapes, or None without a tensor input.
 
     The batch is the first axis of the first tensor, and of every tensor with as many rows. Export
-    specializes sizes of one, so single-row inputs are doubled for tracing.
+    specializes sizes of one, so single-row inputs are doubled for tracing. `more` rows are added.
     """
-
-    def is_tensor(leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
-
-    rows = next((x.shape[0] for x in filter(is_tensor, pytree.tree_leaves((args, kwargs)))), 0)
+    rows = _rows(args, kwargs)
     if rows == 0:
         return None
+    added = more + (rows == 1)
 
-    def double(leaf: Any) -> Any:
-        if rows == 1 and is_tensor(leaf) and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
+    def grown(leaf: Any) -> Any:
+        if added and _has_rows(leaf) and leaf.shape[0] == rows:
+            return torch.cat([leaf, *[leaf[:1]] * added])
         return leaf
 
-    args, kwargs = pytree.tree_map(double, (args, kwargs))
+    args, kwargs = pytree.tree_map(grown, (args, kwargs))
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf in filter(is_tensor, pytree.tree_leaves((args, kwargs))):
-        if leaf.shape[0] == max(rows, 2):
+    for leaf in filter(_has_rows, pytree.tree_leaves((args, kwargs))):
+        if leaf.shape[0] == rows + added:
             shapes[leaf] = {0: torch.export.Dim.AUTO}
     return args, kwargs, shapes
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((int(leaf.shape[0]) for leaf in leaves if _has_rows(leaf)), 0)
+
+
+def states_of_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The buffers with as many rows as are traced: states that a run of this batch size left, from
+    which a trace would conclude that there is no other."""
+    rows = max(_rows(args, kwargs), 2)
+    return [
+        name for name, one in model.named_buffers() if one.ndim > 1 and one.shape[0] == rows
+    ]  # fmt: skip
+
+
+def _fixed_rows(graph: Graph, states: list[str]) -> list[str]:
+    """That the batch became a constant, where states of its size may be why."""
+    first = next((one.meta["val"] for one in graph.inputs if _has_rows(one.meta["val"])), None)
+    if not states or first is None or not isinstance(first.shape[0], int):
+        return []
+    return [
+        f"the batch is fixed to {first.shape[0]}: the states {', '.join(states)} are of this size"
+    ]
 
 
 def misfit(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -372,12 +400,24 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
 def reference_run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], bool]:
-    """The leaves of the module's output, and whether two runs agree bit for bit."""
+    """The leaves of the module's output, and whether two runs agree bit for bit.
+
+    A buffer that both runs replaced by another tensor is put back: it is a state, of the size of the
+    inputs. What the first run alone set up, a lazy module or a cache, stays.
+    """
     results = []
+    tables = [module._buffers for module in model.modules()]
+    held = [[dict(one) for one in tables]]
     for _ in range(2):
         inputs = clone_inputs(args, kwargs)
         with untouched(model):
             results.append(pytree.tree_leaves(model(*inputs[0], **inputs[1])))
+        held.append([dict(one) for one in tables])
+    for now, *versions in zip(tables, *held, strict=True):
+        start, once, twice = versions
+        for name in start.keys() & once.keys() & twice.keys():
+            if start[name] is not once[name] and once[name] is not twice[name]:
+                now[name] = start[name]
     same = len(results[0]) == len(results[1]) and all(map(_identical, *results))
     return results[0], same
 
@@ -468,18 +508,15 @@ def source_notes(model: nn.Module) -> list[str]:
 def copy_module(model: nn.Module) -> nn.Module:
     """An independent copy of a module: capture and optimization work on it, never on the user's.
 
+    Tensors that are results of a computation are detached in it, wherever the module keeps them: what
+    a hook computes anew on every call (torch.nn.utils.weight_norm), states that the last run left.
+
     Raises:
         CaptureError: if the module cannot be deep-copied.
     """
-    # Tensors that a hook computes anew on every call (torch.nn.utils.weight_norm) are not leaves.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
     try:
-        return copy.deepcopy(model, memo)
+        with _LeavesCopied():
+            return copy.deepcopy(model)
     except Exception as error:
         reason = f"the module cannot be deep-copied: {first_line(error)}"
         raise CaptureError(type(model).__name__, {"copy": reason}) from error
@@ -488,6 +525,20 @@ def copy_module(model: nn.Module) -> nn.Module:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+class _LeavesCopied(TorchFunctionMode):
+    """Deep copies of tensors that have a history are those of the detached tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detached: list[torch.Tensor] = []  # a deep copy goes by `id`, so they have to last
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            self.detached.append(args[0].detach())
+            args = (self.detached[-1], *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _DataDetached(TorchFunctionMode):

@@ -62,7 +62,7 @@ def _cost(graph: Graph) -> Cost:
         op = Builder(graph, node).view(node)
         if op is not None:
             flops += op.flops
-            norms += isinstance(op, ops.BatchNorm)
+            norms += op.batch_norms if isinstance(op, ops.Scan) else isinstance(op, ops.BatchNorm)
         moved += _bytes(node.meta.get("val"))
         moved += sum(_bytes(one.meta.get("val")) for one in node.all_input_nodes)
     return Cost(graph.parameter_count(), flops, moved, len(calls), norms)
@@ -127,4 +127,8 @@ def kind(op: Op) -> str:
         if op.groups > 1:
             return "depthwise" if op.groups == op.in_channels else "grouped"
         return "pointwise" if all(size == 1 for size in op.kernel) else "dense"
+    if isinstance(op, (ops.LayerNorm, ops.GroupNorm)):
+        return "layer norm"
+    if isinstance(op, ops.RMSNorm):
+        return "rms norm"
     return "matmul" if isinstance(op, (ops.Linear, ops.Matmul, ops.Addmm)) else ""

@@ -27,7 +27,7 @@ import networkx
 
 from graphopt.ir import ops
 from graphopt.ir.rewrite import Declined, Rewriter, describe
-from graphopt.ir.tokens import AFFINE, INSIDE, Axis, Labels, Step, Tokens, step
+from graphopt.ir.tokens import AFFINE, INSIDE, Axis, Labels, Step, Tokens, is_full, step
 from graphopt.ir.transpose import Transpose, cheaper
 from graphopt.ir.value import Value
 
@@ -37,20 +37,24 @@ LARGEST = 64  # ops of a region
 class Region:
     """What depends on `start`, label by label; asking for labels declines where it is not affine.
 
-    A token of the start is its last axis, or its last `inside` axes: heads and their features.
+    A token of the start is its last axis, or its last `inside` axes: heads and their features. With
+    `channels` it is axis 1: the channels of a pixel.
     """
 
-    def __init__(self, rw: Rewriter, start: Value, inside: int = 1) -> None:
-        self.rw, self.start, self.inside = rw, start, inside
+    def __init__(self, rw: Rewriter, start: Value, inside: int = 1, channels: bool = False) -> None:
+        self.rw, self.start, self.inside, self.channels = rw, start, inside, channels
         self.steps: dict[Any, Step] = {}
         axes = start.ndim - inside if start.dtype.is_floating_point else start.ndim
         rw.match(axes >= 1)
-        self.tokens = (*(Axis((axis,)) for axis in range(axes)), INSIDE)
+        tokens = [Axis((axis,)) for axis in range(axes)]
+        if channels:
+            tokens = [Axis((axis,)) for axis in range(start.ndim) if axis != 1]
+        self.tokens = (*tokens[:1], INSIDE, *tokens[1:]) if channels else (*tokens, INSIDE)
 
     def labels(self, value: Value) -> Labels:
         """The labels of a value that depends on the start."""
         if value == self.start:
-            return (*self.tokens[:-1], *(INSIDE,) * self.inside)
+            return self.tokens if self.channels else (*self.tokens[:-1], *(INSIDE,) * self.inside)
         if value.node not in self.steps:
             op = value.op
             if op is None or not isinstance(op, AFFINE):
@@ -83,7 +87,7 @@ class Region:
 
     def width(self) -> int:
         """The number of features of the start."""
-        sizes = self.start.shape[-self.inside :]
+        sizes = self.start.shape[1:2] if self.channels else self.start.shape[-self.inside :]
         self.rw.match(all(isinstance(one, int) for one in sizes))
         return prod(sizes)
 
@@ -109,7 +113,7 @@ class Region:
         self.rw.require(
             self.labels(end) == self.tokens, f"{describe(end)} lays its tokens out in another way"
         )
-        size = end.shape[-1]
+        size = end.shape[1 if self.channels else -1]
         self.rw.match(isinstance(size, int))
         return size  # type: ignore[no-any-return]
 
@@ -125,7 +129,7 @@ def starts(rw: Rewriter, end: Value) -> list[Value]:
         inputs = []
         if isinstance(op, AFFINE) and len(seen) < 2 * LARGEST:
             inputs = [one for one in map(rw.value, value.node.all_input_nodes)
-                      if one.is_tensor and not one.is_constant]  # fmt: skip
+                      if one.is_tensor and not one.is_constant and not is_full(one)]  # fmt: skip
         for one in inputs:
             graph.add_edge(value.node, one.node)
             if one.node not in seen:
@@ -147,7 +151,7 @@ def obstacle(rw: Rewriter, value: Value, start: Value) -> Value | None:
     found, stack, seen = None, [value], {start.node}
     while stack:
         one = stack.pop()
-        if one.node in seen or one.is_constant or not one.is_tensor:
+        if one.node in seen or one.is_constant or is_full(one) or not one.is_tensor:
             continue
         seen.add(one.node)
         inputs = one.node.all_input_nodes

@@ -67,17 +67,6 @@ def kept_twice(
     return kept if 2 * saved < size else None
 
 
-def compressed(operand: fx.Node) -> fx.Node | None:
-    """A state in a byte per element, or packed, that is expanded to a wider parameter."""
-    value = operand.meta["val"]
-    for state in states_of(operand):
-        found = state.meta["val"]
-        narrow = found.dtype.itemsize == 1 and found.dtype != torch.bool
-        if narrow and value.dtype.itemsize > 1 and 2 * found.numel() >= value.numel():
-            return state
-    return None
-
-
 def parameters_read(graph: Graph, nodes: Collection[fx.Node]) -> Iterator[fx.Node]:
     """The parameters that some ops read: what is stored in Deploy mode."""
     for node in nodes:

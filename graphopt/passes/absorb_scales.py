@@ -5,7 +5,8 @@
     softmax(q (k + 1 b^T)^T) v      =  softmax(q k^T) v
     softmax(a) (v + 1 b^T)          =  softmax(a) v + 1 b^T
 
-The last two because all scores of a query grow by the same number, and its weights add up to one.
+The last two because all scores of a query grow by the same number, and its weights add up to one. The gain of
+normalized keys moves into the queries', softmax(q (g k)^T) = softmax((g q) k^T).
 Scales that are not negative also pass ReLU and its relatives, and maxima. Where zero padding meets a
 shift, see `graphopt.ir.extract`. Source: reference/transformations.md 1.4, 4.4, 4.5.
 """
@@ -13,13 +14,15 @@ shift, see `graphopt.ir.extract`. Source: reference/transformations.md 1.4, 4.4,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 from graphopt.ir import ops
 from graphopt.ir.absorb import absorb
 from graphopt.ir.affine import same, written
 from graphopt.ir.extract import NORMS, into_conv, into_linear
-from graphopt.ir.ops import plus, widen
+from graphopt.ir.ops import plus, times, widen
 from graphopt.ir.rewrite import Rewriter, describe, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
@@ -55,6 +58,53 @@ def drop_key_bias(attention: ops.Attention, rw: Rewriter) -> Value:
     key, axes, _ = _unbiased(rw, attention.key, attention)
     rw.match(attention.key.ndim - 2 not in axes)
     return rw.emit_like(attention, key=key)
+
+
+@rewrite
+def move_key_gain(attention: ops.Attention, rw: Rewriter) -> Value:
+    """softmax(q (g k)^T) = softmax((g q) k^T): one gain for two, where queries and keys are normalized
+    and nothing rotates them in between. Source: reference/transformations.md 3.4."""
+    rw.match(attention.key != attention.value and attention.key != attention.query)
+    gains: list[Value] = []
+
+    def plain(norm: Any) -> Value:
+        gains.append(norm.weight)
+        return _rescaled(rw, norm, None)
+
+    key = _norm_behind(rw, attention.key, attention, plain)
+    query = _norm_behind(rw, attention.query, attention, lambda norm: _rescaled(rw, norm, gains[0]))
+    return rw.emit_like(attention, query=query, key=key)
+
+
+def _norm_behind(
+    rw: Rewriter, value: Value, reader: ops.Op, change: Callable[[Any], Value]
+) -> Value:
+    """`value`, which a norm of its features computes, with what `change` makes of the norm."""
+    op = value.op
+    rw.match(rw.only_user(value, reader))
+    if isinstance(op, (ops.Permute, ops.Reshape)):
+        last = op.input.ndim - 1
+        kept = (
+            op.dims[-1] == last if isinstance(op, ops.Permute)
+            else same(op.out.shape[-1], op.input.shape[-1])
+        )  # fmt: skip
+        rw.match(kept)
+        return rw.emit_like(op, input=_norm_behind(rw, op.input, op, change))
+    rw.match(isinstance(op, (ops.LayerNorm, ops.RMSNorm)))
+    assert isinstance(op, (ops.LayerNorm, ops.RMSNorm))
+    rw.match(len(op.normalized_shape) == 1 and op.weight is not None)
+    return change(op)
+
+
+def _rescaled(rw: Rewriter, norm: Any, gain: Value | None) -> Value:
+    """A norm with its gain and shift times another gain, or without both: the shift of a key adds the
+    same to all scores of a query."""
+    old = {name: getattr(norm, name) for name in ("weight", "bias") if hasattr(norm, name)}
+    new = {
+        name: None if gain is None or one is None else times(one, gain).to(one.dtype)
+        for name, one in old.items()
+    }
+    return rw.emit_like(norm, **new)
 
 
 @rewrite
@@ -116,5 +166,6 @@ class AbsorbScales(RewritePass):
 
     name = "absorb-scales"
     rewrites = (
-        absorb_number, absorb_into_linear, absorb_into_conv, drop_key_bias, move_value_bias,
+        absorb_number, absorb_into_linear, absorb_into_conv, drop_key_bias, move_key_gain,
+        move_value_bias,
     )  # fmt: skip

@@ -34,6 +34,7 @@ from graphopt.ir.siblings import Siblings, find_siblings
 from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 from graphopt.passes.canonicalize import merge_duplicates, reads_strides
+from graphopt.passes.open_operators import pick_only, pick_stacked
 
 NAME = "batch-siblings"
 
@@ -82,11 +83,11 @@ class BatchSiblings(Pass):
     # together moves memory, until what computes them brings them together itself.
     slack: float = 0.5
 
-    rewrites = (pick_repeated, join_parts)
+    rewrites = (pick_repeated, pick_stacked, pick_only, join_parts)
 
     def run(self, session: Session) -> None:
         merge_duplicates(session)
-        while session.run([pick_repeated]) + merge_duplicates(session):
+        while session.run([pick_repeated, pick_stacked, pick_only]) + merge_duplicates(session):
             pass
         session.graph.eliminate_dead_code()
         plan = find_siblings(session.graph)

@@ -4,7 +4,8 @@
 
 This is the step from Tune to Deploy mode. Afterwards states that nothing reads are dropped.
 Where the model itself computes in a narrower dtype than the result's, or rounds on the way (fake
-quantization), the part is evaluated in its own dtypes instead, bit for bit as the model would.
+quantization), the part is evaluated in its own dtypes instead, bit for bit as the model would. What is
+made of integer codes stays as it is, or becomes codes again where `requantize` allowed it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import fx
 
 from graphopt.ir import ops
 from graphopt.ir.builder import Builder
+from graphopt.ir.coded import compressed
 from graphopt.ir.contracts import Algebraic, Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.interpret import Evaluator, lift
-from graphopt.ir.storage import compressed
 from graphopt.ir.tiles import Tiles, layout
 from graphopt.passes.base import Pass
+from graphopt.passes.requantize import round_again
 
 KEPT = 1 << 26  # bytes of values kept while they are computed from each other
 _VIEWS = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Detach, ops.Copy)
@@ -72,6 +74,7 @@ class Materialize(Pass):
         for name, wish in made:
             if name in graph.states:
                 graph.rename_state(name, wish)
+        round_again(session)
 
     def _worthwhile(self, graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
         states = [one for one in cone if one.op == "get_attr"]

@@ -1,6 +1,7 @@
 """Regions that are one affine map of every token become one linear map.
 
     f(x)       =    W x + b,    b = f(0),    W e_i = f(e_i) - b
+    f(x)       =    conv1x1(x; W, b)    where x has its channels in front of its pixels
     f(E[i])    =    f(E)[i]
 
 for any f made of ops that are affine in x and treat tokens alone, whatever it looks like: rotations of
@@ -12,21 +13,26 @@ alone, is in `graphopt.ir.linearity`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from graphopt.ir import ops
 from graphopt.ir.affine import same
+from graphopt.ir.builder import Builder
+from graphopt.ir.contracts import Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.linearity import Region, obstacle, starts
+from graphopt.ir.respell import respelled
 from graphopt.ir.rewrite import Declined, Rewriter, describe, rewrite
-from graphopt.ir.tokens import AFFINE
+from graphopt.ir.tokens import AFFINE, pixelwise
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
 
 BRANCH = 4  # convolutions in a branch
 # A region without any of these, the mean of a norm for example, is better left as it is.
-MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding)
+MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding, ops.Conv)
 
 
 @rewrite(
@@ -37,14 +43,15 @@ MATRICES = (ops.Linear, ops.Matmul, ops.Addmm, ops.Einsum, ops.Embedding)
 def merge_region(end: ops.Op, rw: Rewriter) -> Value:
     """f(x) = W x + b for an affine f of tokens."""
     rw.match(end.out.is_tensor and not end.out.is_constant and end.out.dtype.is_floating_point)
+    rw.match(not isinstance(end, ops.Conv) or pixelwise(end))
     beside, refusal = _beside(end), None
-    best: tuple[float, Value, int] | None = None
+    best: tuple[float, Value, Layout] | None = None
     for start in starts(rw, end.out):
-        for inside in (1, 2) if _joins_heads(rw, start) else (1,):
+        for layout in _layouts(rw, end, start):
             try:
-                saved, _ = _merged(rw, end, start, inside)
+                saved, _ = _merged(rw, end, start, layout)
                 if best is None or saved > best[0]:
-                    best = saved, start, inside
+                    best = saved, start, layout
             except Declined as declined:
                 if beside is not None and start == beside[0]:
                     refusal = declined
@@ -60,6 +67,29 @@ def merge_region(end: ops.Op, rw: Rewriter) -> Value:
     blocked = None if beside is None else obstacle(rw, beside[1], beside[0])
     rw.require(blocked is None, f"{describe(blocked)} is not affine")
     rw.decline("it is no affine map of one value", near=False)
+
+
+class Layout(NamedTuple):
+    """The last axes that make a token, or that it is the channels of a pixel."""
+
+    inside: int = 1
+    channels: bool = False
+
+
+def _layouts(rw: Rewriter, end: ops.Op, start: Value) -> Iterator[Layout]:
+    """How the tokens of a start may lie."""
+    yield Layout()
+    if _joins_heads(rw, start):
+        yield Layout(2)
+    pixels = [end, *(one.op for one in _terms(end) if isinstance(one, Value))]
+    if 2 < start.ndim == end.out.ndim and any(
+        isinstance(one, ops.Conv) and pixelwise(one) for one in pixels
+    ):
+        yield Layout(1, channels=True)
+
+
+def _terms(end: ops.Op) -> tuple[Any, ...]:
+    return (end.left, end.right) if isinstance(end, (ops.Add, ops.Sub)) else ()
 
 
 def _beside(end: ops.Op) -> tuple[Value, Value] | None:
@@ -99,11 +129,12 @@ def _framed_otherwise(end: ops.Op) -> ops.Pad | None:
     return None
 
 
-def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> tuple[float, Value]:
+def _merged(rw: Rewriter, end: ops.Op, start: Value, layout: Layout) -> tuple[float, Value]:
     """The region from `start` to `end` as one map, and the seconds that saves."""
     looks_up = start.dtype in (torch.int64, torch.int32)
     rw.match(looks_up or start.dtype == end.out.dtype)
-    region = Region(rw, start, inside)
+    rw.match(not (looks_up and layout.channels))
+    region = Region(rw, start, *layout)
     region.labels(end.out)
     rw.match(len(region.steps) > 1)
     rw.match(any(isinstance(step.op, MATRICES) for step in region.steps.values()))
@@ -112,11 +143,16 @@ def _merged(rw: Rewriter, end: ops.Op, start: Value, inside: int) -> tuple[float
         tables = [one for one in gone(rw, end, region) if isinstance(one, ops.Embedding)]
         rw.match(end.out.shape[-1] <= sum(one.out.shape[-1] for one in tables))  # no larger table
         merged = rw.emit(ops.Embedding(region.table(end.out), start), like=end)
+    elif layout.channels:
+        weight, bias = region.affine(end.out)
+        conv = next(one.op for one in region.steps.values() if isinstance(one.op, ops.Conv))
+        weight = weight.reshape(*weight.shape, *(1,) * (start.ndim - 2))
+        merged = rw.emit(conv.replace(input=start, weight=weight, bias=bias, groups=1), like=end)
     else:
         weight, bias = region.affine(end.out)
         merged = rw.emit(ops.Linear(region.input(), weight, bias), like=end)
     replaced = gone(rw, end, region)
-    rw.match(inside == 1 or len(replaced) > 2)  # the start needs a reshape
+    rw.match(layout.inside == 1 or len(replaced) > 2)  # the start needs a reshape
     return rw.pays(replaced, merged), merged
 
 
@@ -148,5 +184,8 @@ class MergeRegions(RewritePass):
     rewrites = (merge_region,)
 
     def run(self, session: Session) -> None:
+        for node in session.graph.calls:
+            if (new := respelled(builder := Builder(session.graph, node), node)) is not None:
+                session.replace("respell", Exact(), node, new.node, builder.made)
         # From the last op on: what stands in front of a matrix goes into it in one step.
         session.run(self.rewrites, last_first=True)

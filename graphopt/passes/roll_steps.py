@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from graphopt.ir.provenance import origins
 from graphopt.ir.recurrence.body import BodyError
 from graphopt.ir.recurrence.chain import Chain, chains
 from graphopt.ir.recurrence.first import from_the_start
+from graphopt.ir.recurrence.operator import SCAN
 from graphopt.ir.recurrence.rolled import Rolled
 from graphopt.ir.recurrence.steps import NotSteps, filled
 from graphopt.passes.base import Pass
@@ -150,12 +151,32 @@ def roll(session: Session, chain: Chain, numbers: _Numbers) -> dict[fx.Node, fx.
     finally:
         session.validator = inner
     if done:
+        refused = _refused_inside(session, chain.nodes)
         session.erase_dead(
             [*reversed(site.builder.made), old, *(one for one, _ in others), *chain.nodes]
         )
+        _keep(session, refused, [one for one in site.builder.made if not one._erased])
         return dict(site.pairs)
     site.rollback()
     return {}
+
+
+def _refused_inside(session: Session, nodes: Iterable[fx.Node]) -> list[Record]:
+    """What was refused about the operations of a loop, once for all steps of which it was the same."""
+    inside, found = set(nodes), dict[tuple[str, str], Record]()
+    for (name, node), record in session.refused.items():
+        if node in inside and name != NAME:
+            found.setdefault((record.rewrite, record.reason), record)
+    return list(found.values())
+
+
+def _keep(session: Session, refused: Iterable[Record], nodes: Sequence[fx.Node]) -> None:
+    """What was refused about operations that are in a scan now is refused about the scan."""
+    (scan,) = (one for one in nodes if one.target is SCAN)
+    for record in refused:
+        free = (one for one in (scan, *nodes) if (record.rewrite, one) not in session.refused)
+        if (node := next(free, None)) is not None:
+            session.refused[record.rewrite, node] = dataclasses.replace(record, node=scan.name)
 
 
 class _Numbers:

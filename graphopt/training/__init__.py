@@ -1,4 +1,5 @@
-"""Training that ends with channels at exactly zero, so that removing them needs no fine-tuning.
+"""Training that ends with channels at exactly zero, so that removing them needs no fine-tuning; and
+norms and attentions that are replaced while the model trains.
 
 groups = graphopt.channel_groups(model.eval(), (x,))
 optimizer = DHSPG(groups, model.train(), lr=0.1, target_sparsity=0.5, start_step=1000, ramp_steps=4000)
@@ -13,6 +14,14 @@ from graphopt.training.groups import (
 )
 from graphopt.training.lasso import GroupLasso
 from graphopt.training.optimizers import DHSPG, H2SPG
+from graphopt.training.swaps import (
+    SwapError,
+    SwapReport,
+    Swaps,
+    swap,
+    swap_attention,
+    swap_norm,
+)
 
 __all__ = [
     "DHSPG",
@@ -20,8 +29,14 @@ __all__ = [
     "Branch",
     "GroupLasso",
     "ParameterGroups",
+    "SwapError",
+    "SwapReport",
+    "Swaps",
     "TrainingError",
     "branch_groups",
     "find_branches",
+    "swap",
+    "swap_attention",
+    "swap_norm",
     "zero_invariant_groups",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import graphopt
-from graphopt.ir.capture import capture
+from graphopt.ir.capture import capture, copy_module, reference_run
 from graphopt.ir.graph import written
 from graphopt.ir.lint import lint
 
@@ -210,6 +210,79 @@ def test_what_a_trace_leaves_in_attributes_is_put_back():
     assert torch.equal(fast(x), 2 * x)
     copy.deepcopy(model)
     assert type(model.last) in (type(None), torch.Tensor)
+
+
+class Stateful(nn.Module):
+    """Keeps the states of its last run: in a buffer that is replaced, in a dictionary of attributes.
+    A run starts anew, from zeros or from a state of the size of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(4, 4), {"v": None}
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        current = self.linear(x)
+        self.mem = torch.zeros_like(self.mem)
+        if self.mem.shape != current.shape:
+            self.mem = torch.zeros_like(current)
+        for _ in range(2):
+            self.mem = 0.5 * self.mem + current
+        self.kept["v"] = [self.mem * 2]
+        return self.mem + self.kept["v"][0]
+
+
+@pytest.mark.parametrize("trained_on", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_states_that_training_left_neither_hinder_nor_fix_the_batch(trained_on, rows):
+    model = nn.Sequential(Stateful())
+    if trained_on:
+        model(torch.randn(trained_on, 4)).sum().backward()
+    before = model[0].mem, model[0].kept["v"]
+    fast = graphopt.optimize(model, (torch.randn(rows, 4),))
+    assert fast.report.capture.notes == []
+    assert model[0].mem is before[0] and model[0].kept["v"] is before[1]
+    for other in (2, 5, 7):
+        x = torch.randn(other, 4)
+        assert torch.allclose(fast(x), copy_module(model)(x), atol=1e-6)
+
+
+def test_reference_runs_leave_states_as_they_were_and_keep_caches():
+    class Cached(Stateful):
+        def forward(self, x):
+            if "scale" not in self._buffers:
+                self.register_buffer("scale", torch.ones(4))
+            return super().forward(x) * self.scale
+
+    model = Cached()
+    before = model.mem
+    _, deterministic = reference_run(model, (torch.randn(3, 4),), {})
+    assert deterministic and model.mem is before and "scale" in model._buffers
+
+
+def test_a_batch_that_only_a_state_fixes_is_noted():
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.randn(3, 4))
+
+        def forward(self, x):
+            return x + self.memory
+
+    fast = graphopt.optimize(Strict(), (torch.randn(3, 4),))
+    (note,) = fast.report.capture.notes
+    assert note == "the batch is fixed to 3: the states memory are of this size"
+
+
+def test_a_copy_keeps_what_shares_memory():
+    model = Stateful()
+    model(torch.randn(2, 4))
+    model.views = [model.mem[0], model.mem]
+    twin = copy_module(model)
+    twin.mem.detach().add_(1)
+    assert torch.equal(twin.views[0], twin.mem[0]) and twin.views[1] is twin.mem
+    assert not twin.mem.requires_grad and model.mem.requires_grad
+    assert not torch.equal(twin.mem, model.mem)
 
 
 def test_tied_weights_stay_tied():

@@ -295,6 +295,9 @@ def test_what_hands_nothing_on_is_no_loop():
     def total(x: Tensor) -> Tensor:
         return x[0] + x[1] + x[2] + x[3]
 
+    def onto(x: Tensor, y: Tensor) -> Tensor:
+        return y + x[0] + x[1] + x[2] + x[3]
+
     def deep(x: Tensor, w: Tensor) -> Tensor:
         for _ in range(4):
             x = torch.relu(x + torch.relu(x @ w))
@@ -303,6 +306,7 @@ def test_what_hands_nothing_on_is_no_loop():
     for function, inputs in (
         (apart, [tensor(4, 6)]),
         (total, [tensor(4, 6)]),
+        (onto, [tensor(4, 6), tensor(6)]),
         (deep, [tensor(4, 6), tensor(6, 6)]),
     ):
         graph, session = rolled(function, *inputs)

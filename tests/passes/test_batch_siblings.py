@@ -612,3 +612,20 @@ def test_the_page():
         rows = str(session.graph.inputs[0].meta["val"].shape[1])
         found = text(session.graph).replace(rows, "N")
         assert found in page, found
+
+
+def test_entries_of_stacks_of_one_are_what_was_stacked() -> None:
+    """As code for several steps does it that is given one: unsqueezed, taken apart, stacked again."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        made = []
+        for t in range(4):
+            y = torch.stack([one.relu() for one in net.conv(x[:, t]).unsqueeze(0)])[0]
+            z = torch.stack([one.sigmoid() for one in torch.stack([y, y + 1], 1).unbind(1)][:1])[0]
+            made.append(net.out(z))
+        return torch.stack(made)
+
+    model = Net(body, conv=conv(), out=conv(4, 2))
+    fast = batched(model, (2, 4, *IMAGE[1:]))
+    assert left(fast)["convolution"] + left(fast)["conv2d"] == 2
+    assert left(fast)["stack"] == left(fast)["select"] == 0, left(fast)

@@ -80,6 +80,71 @@ def test_the_norm_of_a_membrane_potential(relation: str, reset: str) -> None:
     assert truth[:, :, always if always else 1].min() == 1 and truth[:, :, never].max() == 0
 
 
+LAYOUTS: dict[str, tuple[int, Any]] = {
+    "every element": (72, lambda norm, u: norm(u.flatten(1)).unflatten(1, u.shape[1:])),
+    "view": (72, lambda norm, u: norm(u.view(-1, 72)).view(-1, 8, 3, 3)),
+    "channels": (8, lambda norm, u: norm(u.flatten(2)).view_as(u)),
+    "scaled": (72, lambda norm, u: (2 - 3 * norm(u.flatten(1))).reshape(u.shape) / 1.5),
+    "an axis more": (8, lambda norm, u: norm(u.unsqueeze(4)).squeeze(4)),
+    "rows of channels": (24, lambda norm, u: norm(u.reshape(-1, 24, 3)).reshape(u.shape)),
+}  # fmt: skip
+
+
+def laid_out(layout: str, relation: Any = operator.gt) -> nn.Module:
+    """A neuron whose norm is taken in another shape of the potential."""
+    size, normed = LAYOUTS[layout]
+    kinds = {"an axis more": nn.BatchNorm3d}
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        u, spikes = torch.zeros_like(x[:, 0]), []
+        for step in range(3):
+            u = 0.25 * u + x[:, step]
+            o = relation(normed(net.norm, u), 0.4).to(u.dtype)
+            u = u * (1 - o)
+            spikes.append(o)
+        return torch.stack(spikes, 1)
+
+    model = prepare(Net(body, norm=kinds.get(layout, nn.BatchNorm1d)(size)))
+    with torch.no_grad():
+        model.norm.weight[::5] = 0.0
+        model.norm.weight[1::3] *= -1
+    return model
+
+
+@pytest.mark.parametrize("relation", ["gt", "le"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_norm_in_another_shape(layout: str, relation: str) -> None:
+    """As a norm with a scale for every element has to be written; signs of both kinds and zeros."""
+    model, x = laid_out(layout, RELATIONS[relation]), 2 * tensor(64, 3, 8, 3, 3)
+    fast = folded(model, x[:5])
+    assert "batch_norm" not in acting(fast)
+    truth = model(x)
+    assert torch.equal(fast(x), truth) and 0.1 < truth.mean() < 0.9
+
+
+def test_a_norm_in_another_shape_that_is_read_there_stays() -> None:
+    def body(net: Any, x: Tensor) -> Any:
+        y = net.norm(x.flatten(1))
+        return y.view(-1, 4, 3) > 0.4, y.sum(1)
+
+    model, x = prepare(Net(body, norm=nn.BatchNorm1d(12))), tensor(6, 4, 3)
+    fast = folded(model, x)
+    assert acting(fast).count("batch_norm") == 1
+    (refused,) = [one for one in fast.report.refused if one.rewrite == "fold-threshold"]
+    assert "read elsewhere too, so it has to be computed" in refused.reason
+
+
+def test_a_norm_across_rows_stays() -> None:
+    """Of the three rows of a group, each has a scale of its own."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        return net.norm(x.view(-1, 3, 4)).view(-1, 4) > 0.4
+
+    model, x = prepare(Net(body, norm=nn.BatchNorm1d(3))), tensor(6, 4)
+    fast = graphopt.optimize(model, (x,), passes=PASSES)
+    assert torch.equal(fast(x), model(x)) and "batch_norm" in acting(fast)
+
+
 def test_what_is_published_is_wrong_where_a_scale_is_negative() -> None:
     model, x = spiking(), 2 * tensor(64, 4, 8, 3, 3)
     norm = model.norm

@@ -394,7 +394,9 @@ def test_any_net_of_branches_stays_right(data):
 def test_the_table_of_costs_has_every_kind():
     real = cost.Path(cost.__file__).parent / "efficiency.json"
     for entry in json.loads(real.read_text())["targets"].values():
-        assert set(entry["rates"]) == {"dense", "pointwise", "grouped", "depthwise", "matmul"}
+        assert set(entry["rates"]) == {
+            "dense", "pointwise", "grouped", "depthwise", "matmul", "layer norm", "rms norm",
+        }  # fmt: skip
         assert (
             torch.tensor([entry["launch"], entry["bandwidth"], *entry["rates"].values()]).min() > 0
         )

@@ -134,3 +134,78 @@ def test_a_tied_head_keeps_its_weight():
     fast = graphopt.optimize(model, (ids,))
     assert norms(fast) == [2] and "stored twice" in reasons(fast)
     assert_equal(fast(ids), model(ids))
+
+
+class Normalized(nn.Module):
+    """Attention over normalized queries and keys, as they are or turned by `rotate`."""
+
+    def __init__(self, norm: type[nn.Module], rotate: bool = False) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm_q, self.norm_k = norm(4), norm(4, eps=1e-3)
+        self.rotate = rotate
+
+    def forward(self, x):
+        q, k, v = (one.unflatten(-1, (2, 4)) for one in (self.query(x), self.key(x), x))
+        q, k, v = (one.mT.mT.transpose(1, 2) for one in (self.norm_q(q), self.norm_k(k), v))
+        if self.rotate:
+            q, k = (torch.cat([-one[..., 2:], one[..., :2]], -1) * 0.5 + one for one in (q, k))
+        return nn.functional.scaled_dot_product_attention(q, k, v).sin()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_queries_and_keys_share_one_gain(norm):
+    """softmax(q (g k + b)^T) = softmax((g q) k^T); the shift of the queries stays."""
+    fast = check(Normalized(norm), [0, 2 if norm is nn.LayerNorm else 1])
+    assert "norm_k.weight" not in dict(fast.named_parameters())
+
+
+def test_what_is_rotated_keeps_both_gains():
+    check(Normalized(nn.RMSNorm, rotate=True), [1, 1])
+
+
+def dyt(net, x):
+    return net.b(torch.tanh(net.alpha * net.a(x).mT.mT) * net.gamma + net.beta)
+
+
+def power_norm(net, x):
+    """In groups of two features, as in eval mode: phi is a running mean square."""
+    g = x.unflatten(-1, (4, 2))
+    g = (g * torch.rsqrt(g.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2)
+    return net.b(g / torch.sqrt(net.phi.abs() + 1e-5) * net.gamma + net.beta)
+
+
+def evonorm_s0(net, x):
+    grouped = x.unflatten(1, (2, 4)).flatten(2)
+    deviation = (grouped.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    normed = (x * torch.sigmoid(net.v * x)).unflatten(1, (2, 4)).flatten(2) / deviation
+    return net.c(normed.reshape_as(x) * net.gamma.view(-1, 1, 1) + net.beta.view(-1, 1, 1))
+
+
+def repbn(net, x):
+    y = x.mT
+    return net.b((net.bn(y) + net.alpha * y).mT)
+
+
+OTHERS = {
+    "DyT: gain and shift into the next map, alpha into the one before": (dyt, TOKENS, {"a", "b"}),
+    "PowerNorm: running mean square, gain and shift": (power_norm, TOKENS, {"b"}),
+    "EvoNorm S0: gain and shift": (evonorm_s0, IMAGE, {"c", "v"}),
+    "RepBN: statistics, gain, shift and skip": (repbn, TOKENS, {"b"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_static_parts_of_other_norms(name):
+    body, shape, left = OTHERS[name]
+    vectors = {one: nn.Parameter(torch.randn(8)) for one in ("gamma", "beta", "phi")}
+    model = prepare(
+        Net(body, **vectors, alpha=nn.Parameter(torch.tensor(0.7)), v=nn.Parameter(torch.tensor(1.3)),
+            a=nn.Linear(8, 8), b=nn.Linear(8, 4, bias=False), c=nn.Conv2d(8, 4, 1, bias=False),
+            bn=nn.BatchNorm1d(8))
+    )  # fmt: skip
+    x = tensor(*shape)
+    fast = graphopt.optimize(model, (x,))
+    assert {one.split(".")[0] for one, _ in fast.named_parameters()} == left, reasons(fast)
+    assert not list(fast.named_buffers())
+    assert_equal(fast(x), model(x))

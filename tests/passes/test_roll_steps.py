@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.ir.capture import capture
 from graphopt.ir.driver import Session
+from graphopt.ir.interpret import Interpreter
 from graphopt.ir.recurrence.operator import SCAN
 from graphopt.pipeline import Pipeline
 from graphopt.verify import SiteValidator
@@ -118,6 +119,43 @@ def test_outputs_read_at_single_steps_and_backwards():
     graph, _ = rolled(run, 3 * tensor(5, 4, 4))
     assert len(scans(graph)) == 1
     assert not [node for node in left(graph) if not node.startswith("clone")]
+
+
+def narrow(inside: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A neuron of float64 whose spikes are float32, as libraries have them; it returns them so."""
+
+    def run(x: Tensor) -> Any:
+        def step(x: Tensor, v: Tensor) -> Any:
+            reset = inside((v > 1.0).float())
+            v = 0.9 * v * (1 - reset) + x
+            return (v > 1.0).to(torch.float32), v
+
+        spikes, (v,) = over_time(step, x, [torch.zeros_like(x[0])])  # type: ignore[arg-type]
+        return torch.stack(spikes), spikes[2], v
+
+    return run
+
+
+@pytest.mark.parametrize("inside", [lambda s: s, lambda s: -(-s * 3 - s) * 2, lambda s: 5 - s])
+def test_spikes_of_float32_in_a_net_of_float64(inside: Callable[[Tensor], Tensor]):
+    x = 2 * tensor(6, 4, 3)
+    graph, _ = rolled(narrow(inside), x)
+    assert len(scans(graph)) == 1
+    truth, found = narrow(inside)(x), Interpreter(graph).run([x])
+    for a, b in zip(found, truth, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert found[0].dtype == torch.float32 and 0 < found[0].mean() < 1
+
+
+@pytest.mark.parametrize("inside", [
+    lambda s: s * 0.3, lambda s: s / 3, lambda s: s.sigmoid(), lambda s: torch.add(s, s, alpha=0.7),
+    lambda s: s * 1e9, lambda s: s.double().mul(0.3).float(),
+])  # fmt: skip
+def test_what_float32_would_round_is_refused_in_a_net_of_float64(inside: Any):
+    graph, session = rolled(narrow(inside), 2 * tensor(6, 4, 3))
+    assert scans(graph) == []
+    reasons = [one.reason for one in session.remaining_refusals()]
+    assert any("computes in torch.float32 what is float64" in one for one in reasons)
 
 
 def test_a_first_step_of_its_own_stays_outside():

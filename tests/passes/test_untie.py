@@ -133,7 +133,7 @@ class Quantized(nn.Module):
 def test_a_quantized_base_stays_quantized() -> None:
     fast = optimized(Quantized(), torch.randn(3, 16).double())
     assert fast.codes.dtype == torch.int8
-    assert refusal(fast, "merge-linear-branches") == (
+    assert refusal(fast, "merge-linear-branches").startswith(
         "codes would be stored as torch.float64 (materialize{dequantize=true} before it allows that)"
     )
 

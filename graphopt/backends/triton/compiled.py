@@ -24,6 +24,8 @@ from graphopt.backends.triton.region import Region
 from graphopt.ir.ops.gradient import TARGET as WITH_GRADIENT
 
 MOST_PROGRAMS = 8
+MOST_REASONS = 12  # that a report tells
+SHOWN = 3  # modules named for each of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,21 @@ class Program:
     def operators(self) -> fx.GraphModule:
         """The module with every kernel as a custom operator, for autograd and tracing."""
         return _assembled(*self._source, self.regions, by_operators=True)
+
+    def told_outside(self) -> list[str]:
+        """`outside` by reason, the most frequent ones first, with the modules of some."""
+        modules = {node.name: str(node.meta.get("where", "")) for node in self._source[1].nodes}
+        places: dict[str, list[str]] = {}
+        for name, reason in self.outside.items():
+            places.setdefault(reason, []).append(modules.get(name) or name)
+        lines = []
+        for reason, found in sorted(places.items(), key=lambda one: -len(one[1])):
+            some = list(dict.fromkeys(found))
+            shown = ", ".join([*some[:SHOWN], *(["..."] if len(some) > SHOWN else [])])
+            lines.append(f"the framework's: {len(found)} x {reason} ({shown})")
+        if len(lines) > MOST_REASONS:
+            lines[MOST_REASONS:] = [f"the framework's: {len(lines) - MOST_REASONS} more reasons"]
+        return lines
 
     def empty(self, leaves: list[Any]) -> bool:
         """Whether a dynamic size is 0."""
@@ -176,6 +193,20 @@ class Compiled:
             for region in program.regions:
                 found.update(region.notes)
         return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """For a report: how much is in kernels, what is not and why, and the notes. Nothing before
+        the first call."""
+        found = []
+        for program in self.programs.values():
+            total, inside = program.coverage
+            count = len(program.regions)
+            found.append(f"{count} kernel{'s' * (count != 1)} with {inside} of {total} pointwise ops "
+                         "and reductions")  # fmt: skip
+            found += program.told_outside()
+            break
+        return [*found, *(f"{note} (x{count})" for note, count in self.notes.items())]
 
     @property
     def outside(self) -> dict[str, str]:

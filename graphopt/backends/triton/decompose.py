@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphopt.backends.triton import kinds, rules
+from graphopt.backends.triton import kinds, rules, splits
 
 aten = torch.ops.aten
 
@@ -243,6 +243,8 @@ def _formulas(target: Any) -> Iterator[Callable[..., Any]]:
     """Ours, then torch's own where the op is not kept whole."""
     if target in rules.RULES:
         yield rules.RULES[target]
+    if target in splits.SPLITS:
+        yield splits.SPLITS[target]
     if target not in kinds.KEPT:
         if target in _table():
             yield _table()[target]

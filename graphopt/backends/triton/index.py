@@ -110,6 +110,11 @@ class Ranges:
             total += coefficient * rest
         return sympy.expand(total)
 
+    def least(self, e: sympy.Expr) -> sympy.Expr | None:
+        """An expression in sizes alone that e is never below, if one is known."""
+        bound = self._extreme(e, False)
+        return None if bound is None or bound.free_symbols & set(self.size) else bound
+
     def _largest(self, atom: sympy.Expr) -> sympy.Expr | None:
         if atom in self.size:
             return self.size[atom] - 1

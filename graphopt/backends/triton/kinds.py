@@ -27,9 +27,7 @@ VIEWS = RESHAPES | {
 LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}
 # Pointwise, but not elementwise: an element comes from one of several places.
 GATHERING = {aten.cat.default, aten.constant_pad_nd.default} | LOOKUPS
-CREATION = {
-    aten.full.default, aten.arange.start_step, aten.scalar_tensor.default, aten.full_like.default,
-}  # fmt: skip
+CREATION = {aten.full.default, aten.arange.start_step, aten.scalar_tensor.default}
 REDUCTIONS = {
     aten.sum.dim_IntList: "sum", aten.mean.dim: "mean", aten.mean.default: "mean",
     aten.amax.default: "max", aten.amin.default: "min",

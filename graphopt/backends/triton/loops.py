@@ -191,7 +191,8 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """See the module docstring. `sizes` are the symbols that it gets as numbers."""
+    """See the module docstring. `sizes` are the symbols that it gets as numbers; it may run only where
+    every one of `required`, expressions in them, is at least 0."""
 
     name: str
     rows: tuple[Axis, ...]
@@ -200,6 +201,7 @@ class Kernel:
     stores: tuple[Store, ...]
     sizes: tuple[sympy.Symbol, ...]
     ranges: Ranges
+    required: Index = ()
 
     @property
     def row_count(self) -> sympy.Expr:
@@ -277,6 +279,7 @@ class Product:
     stores: tuple[Store, ...]
     sizes: tuple[sympy.Symbol, ...]
     ranges: Ranges
+    required: Index = ()
 
     @property
     def extent(self) -> Index:

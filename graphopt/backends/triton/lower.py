@@ -76,6 +76,7 @@ class Lowering:
         self._names: set[str] = set()
         self._lookups: dict[Any, sympy.Expr] = {}
         self._positions: dict[sympy.Expr, loops.Position] = {}
+        self.required: dict[sympy.Expr, None] = {}
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -91,6 +92,7 @@ class Lowering:
         return loops.Kernel(
             name, self.group(set(range(len(self.axes))) - reduced), self.group(reduced),
             tuple(self.buffers.values()), stores, self.sizes(stores), self.ranges,
+            tuple(self.required),
         )  # fmt: skip
 
     def group(self, axes: Iterable[int]) -> tuple[loops.Axis, ...]:
@@ -127,7 +129,7 @@ class Lowering:
         found: set[sympy.Symbol] = set()
         for one in loops.walk(*(store.value for store in stores)):
             found.update(*(index.free_symbols for index in one.indices))
-        for size in self.domain.shape:
+        for size in (*self.domain.shape, *self.required):
             found |= size.free_symbols
         found -= set(self.ranges.size)
         found -= {s for b in self.buffers.values() for stride in b.strides
@@ -299,9 +301,9 @@ class Lowering:
     ) -> sympy.Expr:
         """The index that a value stands for: itself if it is a known one, or a symbol that the load
         reads first. What the kernel computes before could not be checked in time."""
-        if isinstance(value, loops.Iota) and not self._unproved(
-            value.value, size - 1 - value.value
-        ):
+        if isinstance(value, loops.Iota):
+            for one in self._unproved(value.value, size - 1 - value.value):
+                self._require(node, one)
             return value.value
         if not isinstance(value, loops.Load) or value.at or size == 1:
             raise Outside(f"{node.name} is looked up at positions that its kernel computes")
@@ -310,6 +312,13 @@ class Lowering:
             self._lookups[key] = symbol = self.ranges.axis(self._name(f"{node.name}_at"), size)
             self._positions[symbol] = loops.Position(value.dtype, value, size, wraps)
         return self._lookups[key]
+
+    def _require(self, node: fx.Node, condition: sympy.Expr) -> None:
+        """Let the kernel run only where the sizes make `condition` at least 0 at every point."""
+        bound = self.ranges.least(condition)
+        if bound is None or bound.is_Integer:
+            raise Outside(f"{node.name} is looked up at a range that does not fit into its axis")
+        self.required[bound] = None
 
     def _unproved(self, *conditions: sympy.Expr) -> Index:
         return tuple(one for one in conditions if not self.ranges.nonnegative(one))

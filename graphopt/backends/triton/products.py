@@ -148,8 +148,9 @@ class ProductLowering(Lowering):
         batch, rows, columns = groups
         inputs = tuple(self.buffers.values())
         return loops.Product(
-            name, batch, rows, columns, self.form.inner, inputs, stores, sizes, ranges
-        )
+            name, batch, rows, columns, self.form.inner, inputs, stores, sizes, ranges,
+            tuple(self.required),
+        )  # fmt: skip
 
     def special(self, node: fx.Node, index: Index, conditions: Index) -> loops.Expr:
         if node is not self.node:

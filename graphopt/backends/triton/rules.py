@@ -273,11 +273,20 @@ def unbind(x: Tensor, dim: int = 0) -> Any:
     return [x.select(dim, index) for index in range(x.shape[dim])]
 
 
+@rule(aten.full_like.default)
+def full_like(
+    x: Tensor, value: Any, *, dtype: torch.dtype | None = None,
+    device: torch.device | None = None, **rest: Any,
+) -> Any:  # fmt: skip
+    """A new tensor of x's sizes: nothing reads x itself, so no kernel needs to be given it."""
+    return torch.full(x.shape, value, dtype=dtype or x.dtype, device=device or x.device)
+
+
 @rule(aten.zeros_like.default)
-def zeros_like(x: Tensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Any:
-    return torch.full(x.shape, 0, dtype=dtype or x.dtype, device=x.device)
+def zeros_like(x: Tensor, **options: Any) -> Any:
+    return full_like(x, 0, **options)
 
 
 @rule(aten.ones_like.default)
-def ones_like(x: Tensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Any:
-    return torch.full(x.shape, 1, dtype=dtype or x.dtype, device=x.device)
+def ones_like(x: Tensor, **options: Any) -> Any:
+    return full_like(x, 1, **options)

@@ -116,6 +116,7 @@ class Launch:
         self.stores = [store.buffer for store in kernel.stores]
         self.shapes = [numbers(buffer.shape, kernel.sizes) for buffer in self.stores]
         self.extent = numbers(kernel.extent, kernel.sizes)
+        self.required = numbers(kernel.required, kernel.sizes)
         self.lookups = [
             (kernel.inputs.index(one.value.buffer), numbers([one.size], kernel.sizes), one.wraps)
             for one in kernel.expressions() if isinstance(one, loops.Position)
@@ -128,7 +129,7 @@ class Launch:
         tensors, sizes = list(arguments[: self.count]), arguments[self.count : self.end]
         shapes = [shape(*sizes) for shape in self.shapes]
         empty = 0 in sizes or any(0 in one.shape for one in tensors) or any(0 in s for s in shapes)
-        if empty or self.failed:
+        if empty or self.failed or min(self.required(*sizes), default=0) < 0:
             return self.region.reference(*arguments)  # type: ignore[no-any-return]
         places = sorted(tensors, key=lambda one: one.ndim == 0)  # a scalar may be elsewhere
         device = places[0].device if places else self.device

@@ -106,6 +106,13 @@ def _normalized(x: Any, a: Any, eps: float | None, count: int, centre: bool) -> 
     return 2 * (moved * inverse + y * ((y * moved).mean(dims, keepdim=True) * inverse + 1))
 
 
+def _flops(op: Any, centres: bool) -> float:
+    """Squared, summed and scaled; with `centres`, summed and subtracted before; gain and shift."""
+    parameters = (op.weight, getattr(op, "bias", None))
+    each = 5 if centres else 3
+    return float(numel(op.out)) * (each + sum(one is not None for one in parameters))
+
+
 def _over_last_axes(op: Any, value: Any, magnitude: Any, centre: bool) -> Any:
     count = len(op.normalized_shape)
     bound = _normalized(value(op.input), magnitude(op.input), op.eps, count, centre)
@@ -127,6 +134,10 @@ class LayerNorm(Op):
     cudnn_enable: bool = True
 
     @property
+    def flops(self) -> float:
+        return _flops(self, True)
+
+    @property
     def reduction(self) -> int:
         return prod(map(hint, self.normalized_shape))
 
@@ -144,6 +155,10 @@ class GroupNorm(Op):
     bias: Value | None = None
     eps: float = 1e-5
     cudnn_enabled: bool = True
+
+    @property
+    def flops(self) -> float:
+        return _flops(self, True)
 
     @property
     def reduction(self) -> int:
@@ -168,6 +183,10 @@ class RMSNorm(Op):
     normalized_shape: tuple[int, ...]
     weight: Value | None = None
     eps: float | None = None
+
+    @property
+    def flops(self) -> float:
+        return _flops(self, False)
 
     @property
     def reduction(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.ir.ops.base import TABLE, Op, numel, op
+from graphopt.ir.ops.norm import BatchNorm
 from graphopt.ir.ops.pointwise import Binary, Unary
 from graphopt.ir.recurrence import operator as operator  # enters the operator
 from graphopt.ir.recurrence.body import Step, formulas, parse
@@ -45,12 +46,17 @@ class Scan(Op):
         """Of the arithmetic, as outside of a scan."""
         sizes = [numel(one) for one in (*self.states, *self.others)]
         sizes += [numel(one) // self.steps for one in self.xs]
-        lines = sum(_is_arithmetic(one.target) for one in self.step.lines)
+        lines = sum(_is(one.target, Binary, Unary) for one in self.step.lines)
         return float(self.steps * lines * max(sizes, default=0))
+
+    @property
+    def batch_norms(self) -> int:
+        """Those in a step."""
+        return sum(_is(one.target, BatchNorm) for one in self.step.lines)
 
     def build(self) -> tuple[Any, dict[str, Any]]:
         return self.call(operator.SCAN)
 
 
-def _is_arithmetic(target: Any) -> bool:
-    return any(issubclass(one, (Binary, Unary)) for one in TABLE.get(target, ()))
+def _is(target: Any, *kinds: type[Op]) -> bool:
+    return any(issubclass(one, kinds) for one in TABLE.get(target, ()))

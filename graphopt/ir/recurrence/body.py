@@ -11,7 +11,8 @@
 Python by its grammar, but never executed: `parse` accepts assignments of calls of operators, with names,
 numbers, None, lists and torch's constants as arguments, and nothing else. `x0.dtype` is the dtype of an
 operand, so that the same text computes in float64 what is float64; `torch.float32`, a dtype that no operand
-has, stands for float64 there too (see `Step.run`).
+has, stands for float64 there too (see `Step.run`). So a step of float64 may be narrower inside only where
+that rounds nothing: spikes, and small integers made of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -145,6 +146,7 @@ def written(graph: fx.Graph, results: Iterable[fx.Node], inputs: Iterable[fx.Nod
             names[node] = name
     dtypes = {one.meta["val"].dtype: names[one] for one in reversed(inputs)}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    rounds = floating == {torch.float64} and not _exact(graph, needed)
 
     def argument(value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -153,11 +155,7 @@ def written(graph: fx.Graph, results: Iterable[fx.Node], inputs: Iterable[fx.Nod
             return tuple(map(argument, value))
         if isinstance(value, torch.dtype) and value in dtypes:
             return DtypeOf(dtypes[value])
-        if (
-            isinstance(value, torch.dtype)
-            and value.is_floating_point
-            and floating == {torch.float64}
-        ):
+        if rounds and isinstance(value, torch.dtype) and value.is_floating_point:
             raise BodyError(f"a step that computes in {value} what is float64")
         if value is None or isinstance(value, (bool, int, float, torch.device, *_CONSTANTS)):
             return value
@@ -174,6 +172,42 @@ def written(graph: fx.Graph, results: Iterable[fx.Node], inputs: Iterable[fx.Nod
     return Step(
         tuple(names[one] for one in inputs), tuple(lines), tuple(names[one] for one in results)
     )
+
+
+_SUMS = ("aten::add", "aten::sub", "aten::rsub")
+_ALIKE = ("aten::neg", "aten::detach", "aten::clone", "aten::alias", "aten::to", "aten::_to_copy")
+
+
+def _exact(graph: fx.Graph, needed: Container[fx.Node]) -> bool:
+    """Whether all that a graph computes in less than float64 are integers that no operation on them
+    rounds: what comparisons give, their sums, differences and products, also with integers."""
+    sizes: dict[fx.Node, float] = {}
+
+    def size(one: Any) -> float:
+        if isinstance(one, fx.Node):
+            return 1.0 if one.meta["val"].dtype == torch.bool else sizes.get(one, math.inf)
+        whole = isinstance(one, (bool, int, float)) and math.isfinite(one) and one == int(one)
+        return abs(float(one)) if whole else math.inf
+
+    for node in graph.nodes:
+        if node.op != "call_function" or node not in needed:
+            continue
+        dtype = node.meta["val"].dtype
+        narrow = dtype.is_floating_point and dtype != torch.float64
+        if not isinstance(node.target, torch._ops.OpOverload) or not narrow:
+            continue
+        name = node.target._schema.name
+        reads = [one for one in node.args if isinstance(one, fx.Node)]
+        if name in _SUMS or name == "aten::mul":
+            combined = math.prod if name == "aten::mul" else sum
+            found = combined(map(size, node.args[:2]))
+            plain = len(node.args) == 2 and not node.kwargs
+        else:
+            found, plain = max(map(size, reads), default=math.inf), name in _ALIKE
+        if not plain or not found < 1 / torch.finfo(dtype).eps:
+            return False
+        sizes[node] = found
+    return True
 
 
 # -- text ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphopt.ir.affine import same_shape
@@ -102,7 +103,7 @@ def chain(nodes: Sequence[fx.Node]) -> Chain | None:
         NotSteps: if it has steps that are not alike, naming the operation.
     """
     steps = Steps(nodes)
-    if steps.count < 2:
+    if steps.count < 2 or _is_sum(steps):
         return None
     before = {one for one in steps.body if steps.level[one] < 0}
     if any(steps.is_outside(user) for one in before for user in one.users):
@@ -112,6 +113,13 @@ def chain(nodes: Sequence[fx.Node]) -> Chain | None:
     if (between := steps.between()) is not None:
         raise Between(between, steps.told)
     return _Comparison(steps).chain()
+
+
+def _is_sum(steps: Steps) -> bool:
+    """Whether this is the sum of some values, and nothing else."""
+    read = [one for one in steps.body if any(map(steps.is_outside, one.users))]
+    plain = all(one.target is torch.ops.aten.add.Tensor and not one.kwargs for one in steps.body)
+    return plain and len(read) <= 1
 
 
 class _Comparison:

@@ -47,13 +47,19 @@ class Place:
 
 
 NONE, FLAT = Place("none"), Place("flat")
+SAME = "whose steps are no steps of an input"
 
 
 class OneStep:
     """The graph of one step, and that of the states before the first one."""
 
-    def __init__(self, module: fx.GraphModule, steps: int, inputs: Sequence[Place]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, steps: int, inputs: Sequence[Place], repeated: bool = False
+    ) -> None:
         self.module, self.steps, self.inputs = module, steps, inputs
+        self.repeated = (
+            repeated  # what is repeated as often as there are steps is repeated over time
+        )
         self.graph = fx.Graph()
         self.twins: dict[fx.Node, fx.Node] = {}
         self.places: dict[fx.Node, Place] = {}
@@ -64,9 +70,11 @@ class OneStep:
     def build(self) -> tuple[fx.Graph, fx.Graph, int, list[Place]]:
         """(start, step, number of states, where time is in the outputs of the whole)."""
         nodes = list(self.module.graph.nodes)
-        infer(self.module)
         try:
+            infer(self.module)
             return self._built(nodes)
+        except RuntimeError as error:  # in torch's words
+            raise StreamingError(f"not for every batch size: {error}") from error
         finally:
             for node in nodes:
                 node.meta.pop("val", None)
@@ -157,9 +165,11 @@ class OneStep:
             return self._set(node, twin, place)
         reads = node.all_input_nodes
         kinds = {self.places[one].kind for one in reads} - {"none"}
-        if not kinds:
-            return self._set(node, self._copied(node), NONE)
         builder = Builder(None, node)  # type: ignore[arg-type]
+        if not kinds:
+            return self._apart(node, builder)
+        if node.target is aten.sym_size.int and kinds <= {"stacked", "flat"}:
+            return self._sized(node)
         op = acting(node, builder)
         if kinds == {"stacked"} or kinds == {"flat"}:
             return self._together(node, op)
@@ -170,12 +180,37 @@ class OneStep:
             return self._set(node, self._copied(node), Place("step", 0, moments.pop()))
         return self._summed(node, op)
 
+    def _sized(self, node: fx.Node) -> None:
+        """A size, where it is not that of time."""
+        source, dim = node.args
+        assert isinstance(source, fx.Node) and isinstance(dim, int)
+        place = self.places[source]
+        dim %= source.meta["val"].ndim
+        if dim == place.axis:
+            raise self._refuse(node, "asks for the number of steps")
+        dim -= place.kind == "stacked" and dim > place.axis
+        self._set(node, self._emit(node.target, (self.twins[source], dim)), NONE)
+
+    def _apart(self, node: fx.Node, builder: Builder) -> None:
+        """A call that reads nothing of any step; what it repeats may be for the steps to read."""
+        op = builder.view(node) if self.repeated else None
+        axis = _repetition(op, self.steps) if isinstance(op, _REPEATING) else None
+        if axis is None:
+            return self._set(node, self._copied(node), NONE)
+        if axis or not isinstance(op, (ops.Repeat, ops.Expand)):
+            one = self._emit(aten.select.int, (self._copied(node), axis, 0))
+        else:
+            one = self.twins[op.input.node]
+            if op.input.ndim == op.out.ndim:
+                one = self._emit(aten.select.int, (one, 0, 0))
+        self._set(node, one, Place("stacked", axis))
+
     def _scan(self, node: fx.Node) -> None:
         operands: Any = node.args
         body, _, states, xs, others = operands
         for one in xs:
             if self.places[one] != Place("stacked", 0):
-                raise self._refuse(node, f"reads {one.name}, which is the same whatever the input")
+                raise self._refuse(node, f"reads {one.name}, {SAME}")
         for one in (*others, *states):
             place = self.places[one]
             first = one in states and place == Place("step", 0, frozenset({0}))
@@ -295,11 +330,9 @@ class OneStep:
         twin = self.twins[op.input.node]
         named = list(node.meta["type"]["shape"])
         if place.kind == "flat":
-            if (
-                after[0] == self.steps
-                and after[1:2] == (before[0] // self.steps,)
-                and after[2:] == before[1:]
-            ):
+            if after[0] == self.steps and after[1:2] == (before[0] // self.steps,):
+                if after[2:] != before[1:]:
+                    twin = self._viewed(node, twin, [-1, *named[2:]])
                 return self._set(node, twin, Place("stacked", 0))
             if after[0] == before[0]:
                 return self._set(node, self._viewed(node, twin, [-1, *named[1:]]), FLAT)
@@ -307,7 +340,9 @@ class OneStep:
                 node, "splits steps from their rows in another way than they were joined"
             )
         axis = place.axis
-        if axis == 0 and len(before) > 1 and after == (before[0] * before[1], *before[2:]):
+        if axis == 0 and len(before) > 1 and after[:1] == (before[0] * before[1],):
+            if after[1:] != before[2:]:
+                twin = self._viewed(node, twin, [-1, *named[1:]])
             return self._set(node, twin, FLAT)
         for to, size in enumerate(after):
             if size == self.steps and prod(after[:to]) == prod(before[:axis]):
@@ -320,6 +355,24 @@ class OneStep:
         if sizes.count(-1) > 1:
             raise self._refuse(node, "has more than one dynamic size")
         return self._emit(aten.reshape.default, (twin, sizes))
+
+
+_REPEATING = (ops.Repeat, ops.Expand, ops.Stack)
+
+
+def _repetition(op: Any, steps: int) -> int | None:
+    """The first axis along which a value is the same at as many places as there are steps."""
+    shape = op.out.shape
+    if isinstance(op, ops.Stack):
+        same = len(op.tensors) == steps and len({one.node for one in op.tensors}) == 1
+        return op.dim % len(shape) if same else None
+    new = len(shape) - op.input.ndim
+    inner = (1,) * new + tuple(op.input.shape)
+    for axis, (size, one) in enumerate(zip(shape, inner, strict=True)):
+        if size == steps and one == 1 and steps > 1:
+            alone = axis or not isinstance(op, ops.Repeat) or all(n == 1 for n in op.repeats[1:])
+            return axis if alone else None
+    return None
 
 
 def infer(module: fx.GraphModule) -> None:

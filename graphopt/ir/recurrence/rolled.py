@@ -218,6 +218,13 @@ class Rolled:
     def _part(self, scan: fx.Node, index: int, like: fx.Node) -> fx.Node:
         return self._node(operator.getitem, (scan, index), scan.meta["val"][index], like)
 
+    def _typed(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """A result in the dtype that it has in the graph; a step of float64 is float64 everywhere."""
+        dtype = tensor(like).dtype
+        if tensor(node).dtype == dtype:
+            return node
+        return self._emit(ops.Cast(self._value(node), dtype))
+
     def _node(self, target: Any, args: tuple[Any, ...], value: Any, like: fx.Node) -> fx.Node:
         """A call whose type is known."""
         with self.graph.fx.inserting_before(self.builder.before):
@@ -234,7 +241,7 @@ class Rolled:
             model = next(one for one in nodes if one is not None)
             if tensor(model).shape != scan.meta["val"][index].shape[1:]:
                 raise NotSteps(f"{model.name} does not have one shape in all steps")
-            whole = self._part(scan, index, model)
+            whole = self._typed(self._part(scan, index, model), model)
             self.values.append(({t: one for t, one in enumerate(nodes) if one is not None}, whole))
             single: dict[fx.Node, None] = {}
             stacks: dict[fx.Node, fx.Node] = {}
@@ -252,7 +259,7 @@ class Rolled:
         for number in finals:
             old = self.chain.roots[number][-1]
             assert old is not None
-            new = self._part(scan, len(outputs) + links.index(number), old)
+            new = self._typed(self._part(scan, len(outputs) + links.index(number), old), old)
             self.values.append(({-1: old}, new))
             self.pairs.append((old, new))
 

@@ -19,7 +19,7 @@ import math
 from typing import Any
 
 from graphopt.ir import ops
-from graphopt.ir.affine import combined, fixed, same_shape, total
+from graphopt.ir.affine import combined, fixed, same, same_shape, total
 from graphopt.ir.ops import widen
 from graphopt.ir.rewrite import Rewriter, describe
 from graphopt.ir.value import Value
@@ -108,8 +108,27 @@ def collect(
                 f"{describe(value)} is read elsewhere too, so it has to be computed",
             )
             break
+        if isinstance(op, ops.BatchNorm) and _stays_elsewhere(rw, op):
+            rw.rollback(since)
+            rw.require(
+                chain.value != value,
+                f"{describe(value)} is computed in other places too, where it is read for more than "
+                "comparisons: the steps of a loop stay alike",
+            )
+            break
         chain = dataclasses.replace(longer, off=(*chain.off, op))
     return chain
+
+
+def _stays_elsewhere(rw: Rewriter, norm: ops.BatchNorm) -> bool:
+    """Whether another call of a norm has several readers, as all have whose result is a state: then the
+    last one of a loop, which nothing follows, is no gain."""
+    mean = norm.running_mean
+    calls = [rw.view(user) for user in mean.users] if mean is not None else []
+    return any(
+        isinstance(one, ops.BatchNorm) and one.weight == norm.weight and len(one.out.users) > 1
+        for one in calls if one is not None and one.out != norm.out
+    )  # fmt: skip
 
 
 def _longer(
@@ -118,13 +137,15 @@ def _longer(
     """The chain with `op`, which computes its value, taken off too."""
     if isinstance(op, _INCREASING):
         return _increasing(rw, chain, op, relation, facts)
-    found = _scaled(rw, op) if isinstance(op, _AFFINE) else None
+    reader, found = op, _scaled(rw, op) if isinstance(op, _AFFINE) else None
+    if isinstance(op, ops.Reshape):
+        reader, found = _beside(rw, op, alone=not chain.off) or (op, None)
     if found is None:
         return None
     value, scale, shift = found
     moved = shift if shift is None else combined(shift, chain.scale)
     return dataclasses.replace(
-        chain, value=value, reader=op, scale=combined(chain.scale, scale),
+        chain, value=value, reader=reader, scale=combined(chain.scale, scale),
         shift=_total(moved, chain.shift),
     )  # fmt: skip
 
@@ -173,6 +194,60 @@ def _given(operand: Any, out: Value, smaller: bool) -> bool:
     if fixed(operand):
         return True
     return smaller and operand.dtype == out.dtype and not same_shape(operand.shape, out.shape)
+
+
+def _beside(
+    rw: Rewriter, last: ops.Reshape, alone: bool
+) -> tuple[ops.Op, tuple[Value, Any, Any]] | None:
+    """What reads x, and what `_scaled` says of it, for scales and shifts of x in another shape with the
+    same first axis, reshape(s reshape(x) + t): a norm of every element is written like that.
+
+    Declines where nothing else is to be taken off (`alone`) and a value in between is read elsewhere."""
+    shape, inner = last.out.shape, last.input.shape
+    if not inner or not shape or not same(inner[0], shape[0]):
+        return None
+    value, reader = last.input, last
+    scale: Any = None
+    shift: Any = None
+    shared: list[Value] = []
+    while not isinstance(op := value.op, ops.Reshape):
+        found = _scaled(rw, op) if isinstance(op, _AFFINE) else None
+        if found is None:
+            return None
+        shared += [value] * (not rw.only_user(value, reader))
+        reader, (value, times, plus) = op, found  # type: ignore[assignment]
+        if not same_shape(value.shape, inner) or not (fixed(times) and fixed(plus)):
+            return None
+        shift = _total(plus if plus is None else combined(plus, scale), shift)
+        scale = combined(scale, times)
+    x = op.input
+    if reader is last or not same_shape(x.shape, shape):
+        return None
+    shared += [value] * (not rw.only_user(value, reader))
+    if shared:
+        rw.require(
+            not alone,
+            f"{describe(shared[0])} is read elsewhere too, so it has to be computed",
+        )
+        return None
+    times, plus = _spread(scale, inner, shape), _spread(shift, inner, shape)
+    return None if times is None or plus is None else (op, (x, times[0], plus[0]))
+
+
+def _spread(one: Any, inner: tuple[Any, ...], shape: tuple[Any, ...]) -> tuple[Any] | None:
+    """A parameter that broadcasts to `inner` as one that broadcasts to `shape`, each with the same
+    first axis; None if it differs along that, or sizes are not known."""
+    if not isinstance(one, Value) or one.ndim == 0:
+        return (one,)
+    sizes = (1,) * (len(inner) - one.ndim) + one.shape
+    if not same(sizes[0], 1):
+        return None
+    per_channel = min(len(inner), len(shape)) > 1 and same(inner[1], shape[1])
+    if per_channel and all(same(size, 1) for size in sizes[2:]):
+        return (one.reshape(sizes[1], *(1,) * (len(shape) - 2)),)
+    if not all(isinstance(size, int) for size in (*inner[1:], *shape[1:])):
+        return None
+    return (one.reshape(*sizes[1:]).expand(*inner[1:]).reshape(*shape[1:]),)
 
 
 # -- increasing functions -----------------------------------------------------------------------------

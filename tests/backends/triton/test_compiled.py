@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import graphopt
 from graphopt.backends import triton as backend
-from graphopt.backends.triton import source
+from graphopt.backends.triton import scalars, source
 from graphopt.backends.triton.runtime import load
 from tests.backends.triton.helpers import assert_right, compiled, program, values
 from tests.helpers import Net
@@ -194,6 +195,46 @@ def test_optimize_lists_its_kernels():
     with torch.no_grad():
         torch.testing.assert_close(twin(x), model(x))
     assert [one.name for one in twin.kernels] == [one.name for one in fast.kernels]
+
+
+def test_the_report_says_why_an_op_is_the_frameworks(monkeypatch):
+    model = Net(
+        lambda net, x: net.two(net.pool(net.one(x).relu())).erf(),
+        one=nn.Conv2d(3, 4, 3), two=nn.Conv2d(4, 4, 3), pool=nn.MaxPool2d(2),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 12, 12)
+    report = graphopt.optimize(model, (x,), backend="triton").report
+    assert report.backend_notes == [
+        "triton: 2 kernels with 2 of 2 pointwise ops and reductions",
+        "triton: the framework's: 2 x a convolution over more than one place (one, two)",
+        "triton: the framework's: 1 x no formula for aten.max_pool2d.default (pool)",
+    ]
+    assert all(note in str(report) for note in report.backend_notes)
+
+    def fails(dtype, x):
+        raise ValueError("no such text")
+
+    entry = dataclasses.replace(scalars.TABLE[torch.ops.aten.erf.default], text=fails)
+    monkeypatch.setitem(scalars.TABLE, torch.ops.aten.erf.default, entry)
+    notes = graphopt.optimize(model, (x,), backend="triton").report.backend_notes
+    assert notes[0] == "triton: 1 kernel with 1 of 2 pointwise ops and reductions"
+    assert notes[-1].startswith("triton: erf: no kernel: ValueError: no such text")
+
+
+def test_the_report_of_a_model_captured_by_region_says_where_kernels_run():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = _block()
+
+        def forward(self, x):
+            return self.block(x) if x.sum().item() > -1e9 else x
+
+    x = torch.randn(4, 3, 8)
+    report = graphopt.optimize(Branching().eval(), (x,), backend="triton").report
+    assert report.capture.method == "regional"
+    assert report.backend_notes == ["triton: runs 1 of 1 regions; what was not captured runs eager"]
+    assert report.regions["block"].backend_notes[0].startswith("triton: 2 kernels with")
 
 
 def test_their_sources_are_kept_in_the_artifact(tmp_path):

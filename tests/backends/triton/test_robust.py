@@ -215,6 +215,32 @@ def test_a_size_that_became_a_number():
         assert region.reference.graph.output_node() is not None
 
 
+@pytest.mark.parametrize(
+    "filled",
+    [lambda y: torch.full_like(y, 2.5), lambda y: torch.full_like(y[:, :1], 2, dtype=torch.int64),
+     torch.ones_like, lambda y: torch.zeros_like(y.sum(-1, keepdim=True), dtype=torch.float32),
+     lambda y: y.new_full(y.shape, 0.5), lambda y: torch.empty_like(y).fill_(3.0)],
+)  # fmt: skip
+def test_what_is_filled_in_the_shape_of_a_tensor_does_not_read_it(filled):
+    """The kernel gets no such tensor, nor does its meaning in torch's ops, which is what runs on an
+    empty batch, backward, and in tracing."""
+
+    def function(x):
+        y = x.cumsum(1)
+        return filled(y) * x.relu(), y
+
+    x = values([4, 6], torch.float64)
+    fast = compiled(function, x)
+    for rows in (4, 5, 0):
+        some = torch.cat([x, x])[:rows]
+        for a, b in zip(fast(some), function(some), strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+    (region,) = program(fast).regions
+    assert [node.op for node in region.inputs] == ["placeholder"]
+    sizes = [len(x)] * len(region.sizes)
+    assert torch.equal(region.reference(x, *sizes)[0], function(x)[0])
+
+
 @pytest.mark.parametrize("module", [nn.Fold(4, 2)])
 def test_an_op_that_must_know_the_batch(module, monkeypatch):
     """Tracing settles the batch at the number that was put in for it; every size gets a program."""
