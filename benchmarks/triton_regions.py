@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphopt.backends.triton.compiled import Compiled, Program
-from graphopt.ir.capture import CaptureError, capture
+from graphopt.ir.capture import capture
+from graphopt.ir.source import CaptureError
 from graphopt.module import build
 
 RESULTS = Path(__file__).parent / "results" / "triton_regions.json"

@@ -6,7 +6,6 @@ fast = graphopt.optimize(model, (x,))
 from graphopt.artifact import ArtifactError as ArtifactError, load as load
 from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
 from graphopt.channels import channel_groups as channel_groups
-from graphopt.ir.capture import CaptureError as CaptureError
 from graphopt.ir.contracts import (
     Algebraic as Algebraic,
     Calibrated as Calibrated,
@@ -15,6 +14,7 @@ from graphopt.ir.contracts import (
 )
 from graphopt.ir.pattern import rewrite_from as rewrite_from
 from graphopt.ir.rewrite import Rewriter as Rewriter, rewrite as rewrite
+from graphopt.ir.source import CaptureError as CaptureError
 from graphopt.ir.variants import NotAVariant as NotAVariant
 from graphopt.module import InputError as InputError, OptimizedModule as OptimizedModule
 from graphopt.multi import multi as multi

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphopt.ir.capture import Captured, CaptureError, capture
+from graphopt.ir.capture import Captured, capture
 from graphopt.ir.contracts import Contract
 from graphopt.ir.driver import Record, Verdict
 from graphopt.ir.graph import Graph
+from graphopt.ir.source import CaptureError
 from graphopt.module import OptimizedModule
 from graphopt.optimize import Options, Progress, optimize_as, pipeline_of
 from graphopt.pipeline import Pipeline

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from graphopt.ir.capture import capture, copy_module
+from graphopt.ir.capture import capture
 from graphopt.ir.channels import Groups, find_groups
 from graphopt.ir.inputs import as_call
+from graphopt.ir.source import copy_module
 
 
 def channel_groups(

@@ -12,13 +12,14 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from graphopt.backends import base as backends
-from graphopt.ir.capture import Captured, capture, clone_inputs, copy_module
+from graphopt.ir.capture import Captured, capture
 from graphopt.ir.cost import target
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call
 from graphopt.ir.interpret import Interpreter
 from graphopt.ir.lint import lint
+from graphopt.ir.source import clone_inputs, copy_module
 from graphopt.ir.variants import NotAVariant, combine
 from graphopt.module import OptimizedModule
 from graphopt.optimize import Options, Progress, rewrite_captured

@@ -14,12 +14,13 @@ from torch import nn
 
 from graphopt.backends import base as backends
 from graphopt.ir import capture as capturing
-from graphopt.ir.capture import Captured, CaptureError
+from graphopt.ir.capture import Captured
 from graphopt.ir.cost import cost, target
 from graphopt.ir.driver import Applications, Record, Session, Validator
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
+from graphopt.ir.source import CaptureError, clone_inputs, copy_module, first_line, untouched
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.regional import optimize_regions
@@ -136,7 +137,7 @@ def optimize_as(
     if args is None:
         args, kwargs = declared_inputs(model)
     options.say(f"copying {type(model).__name__}")
-    source = capturing.copy_module(model)
+    source = copy_module(model)
     if args is None:
         return _on_first_call(source, options)
     return _optimize(source, args, dict(kwargs or {}), options)
@@ -184,7 +185,7 @@ def rewrite_captured(
     options: Options, seconds: float,
 ) -> OptimizedModule:  # fmt: skip
     graph = captured.graph
-    inputs = pytree.tree_leaves(capturing.clone_inputs(args, kwargs))
+    inputs = pytree.tree_leaves(clone_inputs(args, kwargs))
     report = options.report(source, Capture(captured.method, seconds, captured.notes))
     graph = run_pipeline(graph, inputs, options, report)
     module = build(graph)
@@ -289,10 +290,10 @@ def _lower(
     trainable = options.mode != "deploy"
 
     def call(run: Any) -> list[Any]:
-        inputs = capturing.clone_inputs(args, kwargs)
+        inputs = clone_inputs(args, kwargs)
         return pytree.tree_leaves(run(*inputs[0], **inputs[1]))
 
-    with capturing.untouched(module):
+    with untouched(module):
         reference = call(module)
     good = []
     for backend in names:
@@ -300,10 +301,10 @@ def _lower(
         start = time.perf_counter()
         try:
             run = backend.lower(module, trainable)
-            with capturing.untouched(module):
+            with untouched(module):
                 error = relative_error(call(run), reference)
         except Exception as failure:
-            reason = capturing.first_line(failure)
+            reason = first_line(failure)
             report.backend_notes.append(f"{backend.name}: failed: {reason}")
             continue
         seconds = time.perf_counter() - start

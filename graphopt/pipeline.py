@@ -33,7 +33,7 @@ from graphopt.passes.base import (
 from graphopt.sources import SourceError, import_object
 
 PRESETS = {
-    "tune": "canonicalize,fold-thresholds,"
+    "tune": "canonicalize,recognize-norms,fold-thresholds,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,absorb-scales,"
     "multiply-out,fold-thresholds,canonicalize",
     "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings{least=4},canonicalize,"

@@ -9,8 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphopt.ir.capture import clone_inputs, copy_module
 from graphopt.ir.inputs import as_call
+from graphopt.ir.source import clone_inputs, copy_module
 from graphopt.module import OptimizedModule
 from graphopt.optimize import optimize
 from graphopt.passes.prune import Prune

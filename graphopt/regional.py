@@ -12,8 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from graphopt.ir.capture import CaptureError, clone_inputs, copy_module, first_line, untouched
 from graphopt.ir.driver import Record
+from graphopt.ir.source import CaptureError, clone_inputs, copy_module, first_line, untouched
 from graphopt.module import OptimizedModule
 from graphopt.report import Report
 from graphopt.verify.model import relative_error

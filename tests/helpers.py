@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.ir.capture import copy_module
+from graphopt.ir.source import copy_module
 
 EXACT = 1e-12  # two orders of the same float64 sums; a wrong fold is off by 1e-6 or (far) more
 

@@ -14,7 +14,7 @@ import graphopt
 from benchmarks.spiking.libraries import SPIKES, Snn, jelly_vgg, mpbn
 from benchmarks.spiking.nets import Neuron, Recorded, Style, vgg
 from benchmarks.spiking.train import Digits, accuracy, digits, encode, mix_signs, train
-from graphopt.ir.capture import copy_module
+from graphopt.ir.source import copy_module
 from tests.helpers import assert_equal, norms_left
 
 STEPS = 3

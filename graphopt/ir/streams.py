@@ -281,6 +281,14 @@ def _(op: Any, rw: Rewriter, axis: int) -> list[Place]:
 
 
 @_places.register
+def _(op: ops.Index, rw: Rewriter, axis: int) -> list[Place]:
+    if axis < op.dim:
+        return [(op.input, axis)]
+    rw.require(axis >= op.dim + op.index.ndim, f"{describe(op.out)} picks features")
+    return [(op.input, axis - op.index.ndim + 1)]
+
+
+@_places.register
 def _(op: ops.Roll, rw: Rewriter, axis: int) -> list[Place]:
     rw.require(bool(op.dims), f"{describe(op.out)} rolls over all axes")
     return [(op.input, axis)]  # the mean of what is rolled along the features is the same

@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphopt.ir.capture import clone_inputs, first_line, untouched
 from graphopt.ir.interpret import lift, lift_dtype
+from graphopt.ir.source import clone_inputs, first_line, untouched
 
 
 class Lifted(TorchDispatchMode):  # type: ignore[no-untyped-call]

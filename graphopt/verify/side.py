@@ -10,17 +10,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from graphopt.ir.capture import (
-    CaptureError,
-    capture,
-    clone_inputs,
-    copy_module,
-    first_line,
-    untouched,
-)
+from graphopt.ir.capture import capture
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs
 from graphopt.ir.interpret import Interpreter, lift
+from graphopt.ir.source import CaptureError, clone_inputs, copy_module, first_line, untouched
 from graphopt.verify.lifted import Lifted, run_lifted
 
 

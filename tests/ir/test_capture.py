@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import graphopt
-from graphopt.ir.capture import capture, copy_module, reference_run
+from graphopt.ir.capture import capture
 from graphopt.ir.graph import written
 from graphopt.ir.lint import lint
+from graphopt.ir.source import copy_module, reference_run
 
 
 class Lambda(nn.Module):

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from graphopt.ir import ops
 from graphopt.ir.builder import Builder
-from graphopt.ir.capture import CaptureError, capture, first_line
+from graphopt.ir.capture import capture
 from graphopt.ir.graph import Graph, is_pure
 from graphopt.ir.pattern.numbers import Ledger
 from graphopt.ir.pattern.terms import (
@@ -31,6 +31,7 @@ from graphopt.ir.pattern.terms import (
     field_names,
 )
 from graphopt.ir.rewrite import RewriteError
+from graphopt.ir.source import CaptureError, first_line
 from graphopt.ir.value import Value
 
 Examples = Mapping[str, Any]

@@ -20,6 +20,7 @@ from graphopt.ir.builder import Builder
 from graphopt.ir.driver import Record, Session
 from graphopt.ir.graph import Graph, written
 from graphopt.ir.inputs import as_call, declared_inputs
+from graphopt.ir.source import copy_module
 from graphopt.module import build
 from graphopt.passes.canonicalize import Canonicalize, drop_dropout
 from graphopt.training.swaps.attention import LinearAttention
@@ -175,7 +176,7 @@ def _captured(
         args, kwargs = declared_inputs(model)
     if args is None:
         raise SwapError("expected example inputs: the model declares none")
-    source = capturing.copy_module(model).eval()
+    source = copy_module(model).eval()
     graph = capturing.capture(source, args, dict(kwargs or {}), dynamic_shapes).graph
     _Canonical().run(Session(graph))
     return graph

@@ -27,7 +27,7 @@ from graphopt.verify.proof.notation import ShapeError
 from graphopt.verify.proof.pattern import Gap, Infeasible, find
 from graphopt.verify.proof.symbols import Symbols
 
-DEEPER = 2
+DEEPER = 4
 
 
 @dataclasses.dataclass(frozen=True)
