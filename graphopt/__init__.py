@@ -3,6 +3,10 @@
 fast = graphopt.optimize(model, (x,))
 """
 
+from graphopt.adaptation import (
+    AdaptError as AdaptError,
+    adapt_norm as adapt_norm,
+)
 from graphopt.artifact import ArtifactError as ArtifactError, load as load
 from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
 from graphopt.channels import channel_groups as channel_groups

@@ -31,8 +31,9 @@ class BackendError(ValueError):
 class Backend:
     """A way to run a graph module.
 
-    `lower(module, trainable)` returns a callable with the module's signature; `missing()` says why
-    the backend cannot run here, or returns ""; `worth_timing()` whether "auto" tries it.
+    `lower(module, trainable)` returns a callable with the module's signature; lines of text that it
+    has as `remarks` go into the report. `missing()` says why the backend cannot run here, or returns "";
+    `worth_timing()` whether "auto" tries it.
     """
 
     name: str
