@@ -173,7 +173,7 @@ EQUIVALENT = {
         "takes crops in place of frames, and these merge rightly too: the kernel grows",
     ("merge_region", "best is None or saved > best[0]  ->  best is None"):
         "takes the first way that pays in place of the one that pays most",
-    ("_merged", "rw.match(inside == 1 or len(replaced) > 2)  ->  (nothing)"):
+    ("_merged", "rw.match(layout.inside == 1 or len(replaced) > 2)  ->  (nothing)"):
         "only says when a reshape is worth it",
     ("_merged", "looks_up or start.dtype == end.out.dtype  ->  start.dtype == end.out.dtype"):
         f"tables are not merged any more: {_FEWER}",
