@@ -211,6 +211,20 @@ def test_unmix_tns_normalizes_each_instance_and_moves_its_components(components:
         assert_equal((tns.means, tns.variances), (M, V))
 
 
+def test_gradients_flow_through_the_statistics_of_the_batch():
+    bn, x = norm(), data(4)[0].requires_grad_()
+    adapted = graphopt.adapt_norm(bn, None, "alpha-bn", online=True, inputs=x.detach(), alpha=0.3)
+    mixed = [0.7 * s + 0.3 * t for s, t in zip((bn.running_mean, bn.running_var),
+             together(x, True), strict=True)]  # fmt: skip
+    found, truth = (
+        torch.autograd.grad(y.square().sum(), x)[0] for y in (adapted(x), normalized(bn, x, *mixed))
+    )
+    assert_equal(found, truth, 1e-10)
+    tns = graphopt.adapt_norm(bn, None, "unmix-tns", online=True, inputs=x.detach())
+    tns(x).square().sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+
+
 def test_unmix_tns_with_one_component_is_an_instance_norm_that_starts_from_the_source():
     bn, x = norm(), data(4)[0]
     tns = UnMixTNS(bn.eps, (bn.running_mean, bn.running_var), components=1, momentum=0.1, seed=0)  # type: ignore[arg-type]
@@ -317,8 +331,8 @@ def test_norms_are_found_by_what_they_compute():
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
-            for name in ("mean", "var"):
-                self.register_buffer(name, tensor(4, seed=3).square() + 0.5)
+            self.register_buffer("mean", tensor(4, seed=3))
+            self.var = nn.Parameter(tensor(4, seed=4).square() + 0.5, requires_grad=False)
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.batch_norm(x, running_var=self.var, running_mean=self.mean)  # type: ignore[arg-type]
@@ -382,7 +396,9 @@ def test_missing_and_small_batches_are_refused():
     assert_equal(two.running_mean, (tensor(4, seed=1) + tensor(4, seed=2)) / 2)
     labelled = [(data(3)[0], torch.zeros(3))]
     assert "labels are no inputs" in refused(norm(), labelled, inputs=data(3)[0])
+    assert "labels are no inputs" in refused(norm(), labelled, online=True, inputs=data(3)[0])
     assert "batches[0]" in refused(norm(), [3])
+    assert "for one batch, [x]" in refused(norm(), data(3)[0])
     online = graphopt.adapt_norm(bn, None, "adabn", online=True, inputs=tensor(3, 4))
     with pytest.raises(ValueError, match="at least 2 values per channel"):
         online(tensor(1, 4))

@@ -84,6 +84,11 @@ def adapt_norm(
         CaptureError: if the model is not captured as one graph.
     """
     chosen = _options(method, online, options)
+    if isinstance(batches, (Tensor, Mapping)):
+        raise AdaptError(
+            f"batches: expected a sequence of batches, found a {type(batches).__name__}; for one "
+            "batch, [x]"
+        )
     calls = [] if batches is None else [_call(number, one) for number, one in enumerate(batches)]
     if not calls and not online:
         raise AdaptError("expected batches to take statistics from, found none")
@@ -101,13 +106,13 @@ def adapt_norm(
     taken = [one for one in sites if adaptable(graph, one, method, online, report)]
     if not taken:
         raise AdaptError(f"no batch norm can be adapted: {report.kept[0].reason}")
+    flat = [_leaves(graph, number, *one) for number, one in enumerate(calls)]
     if online:
         module = _with_online(graph, taken, method, chosen, report)
         with torch.no_grad():
             for args, kwargs in calls:
                 module(*args, **dict(kwargs or {}))
         return module
-    flat = [_leaves(graph, number, *one) for number, one in enumerate(calls)]
     return _with_statistics(graph, frozen.statistics(graph, taken, flat, method, chosen), report)
 
 
@@ -177,7 +182,8 @@ def _with_statistics(
         for (place, field), value in zip(fields, statistics, strict=True):
             old = site.node.args[place]
             assert isinstance(old, fx.Node)
-            if old.op == "get_attr" and len(old.users) == 1:
+            own = old.op == "get_attr" and graph.states[str(old.target)].kind == "buffer"
+            if own and len(old.users) == 1:
                 name = str(old.target)
             else:
                 where = graph.where(site.node)

@@ -151,7 +151,7 @@ class UnMixTNS(OnlineNorm):
 
     def adapted(self, x: Tensor, source: Statistics) -> Statistics:
         mean, var = (one.unsqueeze(1) for one in of_instances(x, unbiased=False))  # [N, 1, C]
-        means, variances = self.means.clone(), self.variances.clone()
+        means, variances = self.means, self.variances
         alike = torch.cosine_similarity(mean.detach(), means, -1, 1e-12)
         shares = (alike / TEMPERATURE).softmax(-1).unsqueeze(-1)  # [N, K, 1]
         mixed_means = (1 - shares) * means + shares * mean
