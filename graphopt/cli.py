@@ -96,7 +96,9 @@ def optimize(
     output: Annotated[Path | None, OUTPUT] = None,
     mode: Annotated[str, MODE] = "deploy",
     passes: Annotated[str | None, PASSES] = None,
-    backend: Annotated[str, typer.Option(help="eager, inductor, triton, or auto.")] = "eager",
+    backend: Annotated[
+        str, typer.Option(help="eager, prepacked, inductor, triton, or auto.")
+    ] = "eager",
     trust: Annotated[bool, TRUST] = False,
     bisect_limit: Annotated[int | None, LIMIT] = None,
     validate: Annotated[bool, VALIDATE] = True,

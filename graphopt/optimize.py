@@ -91,7 +91,8 @@ def optimize(
         mode: "deploy" stores folded weights; "tune" keeps the original parameters trainable.
         passes: a pipeline text, a `Pipeline`, or a sequence of passes and rewrites, in place of
             the preset of `mode`.
-        backend: "eager", "inductor", "triton", or "auto", which measures those that can run here.
+        backend: "eager", "prepacked", "inductor", "triton", or "auto", which measures those that can
+            run here.
         dynamic_shapes: as for `torch.export.export`, in place of the dynamic first axis.
         validate: False applies rewrites unchecked and rolls nothing back, to study wrong ones; the
             report still has the error of the whole model.

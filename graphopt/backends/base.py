@@ -17,6 +17,7 @@ Runnable = Callable[..., Any]
 
 _HOMES = {
     "eager": "graphopt.backends.eager",
+    "prepacked": "graphopt.backends.prepacked",
     "inductor": "graphopt.backends.inductor",
     "triton": "graphopt.backends.triton",
 }

@@ -1,0 +1,307 @@
+"""oneDNN's fused operators on weights that are reordered once; no code is generated.
+
+    conv + bias + sum + activation     one call, channels last
+    linear + bias + activation         one call
+
+Built in about a second on the first call, when the sizes of the inputs are known; other sizes run on the
+same weights. What oneDNN does not do stays with the framework's own operators. Calls with gradients run the
+module itself, whose parameters stay beside the reordered ones; once they are changed, those are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphopt.backends.base import Backend
+from graphopt.backends.inductor import plain
+
+DTYPES = (torch.float32, torch.bfloat16)
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unary:
+    """An activation in oneDNN's words."""
+
+    name: str
+    scalars: tuple[float, ...] = ()
+    algorithm: str = ""
+
+
+_PLAIN = {
+    aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh",
+    aten.hardswish.default: "hardswish", aten.hardsigmoid.default: "hardsigmoid",
+    aten.silu.default: "swish",
+}  # fmt: skip
+
+
+def missing() -> str:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch is built without oneDNN"
+    return "" if torch.backends.mkldnn.enabled else "oneDNN is switched off"
+
+
+class Prepacked:
+    """`module` as a callable; `packed` is the program, once it is called."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.packed: fx.GraphModule | None = None
+        self.remarks: list[str] = []
+        self._slots = [
+            (table, name) for part in module.modules() for table in (part._parameters, part._buffers)
+            for name, one in table.items() if one is not None
+        ]  # fmt: skip
+        self._packed_from: list[tuple[int, int]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        empty = any(isinstance(one, Tensor) and not one.numel() for one in leaves)
+        if torch.is_grad_enabled() or empty:
+            return self.module(*args, **kwargs)
+        if self.packed is None or self._packed_from != self._state():
+            self.packed = pack(self.module, leaves, self.remarks)
+            self._packed_from = self._state()
+        out_spec: Any = self.module._out_spec
+        return pytree.tree_unflatten(self.packed(*leaves), out_spec)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Which tensors the states are, and how often each was written to."""
+        tensors = [table[name] for table, name in self._slots]
+        return [(id(one), 0 if one.is_inference() else one._version) for one in tensors]  # type: ignore[union-attr]
+
+
+def lower(module: fx.GraphModule, trainable: bool) -> Callable[..., Any]:
+    """Packed for inference; a module that is to be trained is run as it is."""
+    return module if trainable else Prepacked(module)
+
+
+def pack(module: fx.GraphModule, leaves: list[Any], remarks: list[str]) -> fx.GraphModule:
+    """The program of `module` for inputs like `leaves`, from leaves to a tuple of leaves."""
+    program = plain(module)
+    seen = _Record(program)
+    with torch.no_grad():
+        seen.run(*leaves)
+    packer = _Packer(program, seen.kinds)
+    packer.run()
+    program.recompile()
+    remarks[:] = [f"{packer.count} convolutions and linear maps on packed weights"]
+    return program
+
+
+class _Record(fx.Interpreter):
+    """Shape, dtype and whether it is contiguous, of every tensor of one run."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.kinds: dict[fx.Node, tuple[torch.Size, torch.dtype, bool]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, Tensor) and found.device.type == "cpu":
+            self.kinds[n] = found.shape, found.dtype, found.is_contiguous()
+        return found
+
+
+class _Packer:
+    """Rewrites one program in place."""
+
+    def __init__(self, program: fx.GraphModule, kinds: dict[fx.Node, Any]) -> None:
+        self.program, self.graph, self.kinds = program, program.graph, kinds
+        self.fresh: set[fx.Node] = set()  # calls that share memory with nothing
+        self.count = 0
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or node._erased:
+                continue
+            if node.target in CONVOLUTIONS:
+                self._convolution(node)
+            elif node.target is aten.linear.default:
+                self._linear(node)
+        for node in self.graph.nodes:
+            if node.target in VIEWS:  # of what may lie in another order now
+                node.target = aten.reshape.default
+        if any("_convolution" in str(node.target) for node in self.fresh):
+            self._in_order()
+        self.graph.eliminate_dead_code()
+
+    # -- maps -----------------------------------------------------------------------------------
+
+    def _weight(self, node: Any) -> Tensor | None:
+        """The tensor of a parameter that can be packed."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        tensor = operator.attrgetter(str(node.target))(self.program)
+        fits = tensor.dtype in DTYPES and tensor.device.type == "cpu"
+        return tensor.detach() if fits and tensor.layout == torch.strided else None
+
+    def _kept(self, tensor: Tensor) -> fx.Node:
+        name = f"_packed_{self.count}"
+        self.count += 1
+        setattr(self.program, name, tensor)
+        return self.graph.get_attr(name)
+
+    def _convolution(self, node: fx.Node) -> None:
+        given = _arguments(node)
+        weight, kind = self._weight(given["weight"]), self.kinds.get(given["input"])
+        if (
+            weight is None
+            or kind is None
+            or kind[1] != weight.dtype
+            or isinstance(given["padding"], str)
+        ):
+            return
+        rank = weight.ndim - 2
+        if len(kind[0]) != weight.ndim:  # without a batch
+            return
+        where = [_spread(given[name], rank) for name in ("padding", "stride", "dilation")]
+        groups = given["groups"]
+        last, activation, other = self._followed(node, sums=True)
+        with self.graph.inserting_before(last):
+            reordered = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, *where, groups, list(kind[0])
+            )
+            held = self._kept(reordered)
+            source = given["input"]
+            if source.op == "placeholder" and weight.ndim == 4:
+                source = self.graph.call_function(
+                    aten.contiguous.default, (source,), {"memory_format": torch.channels_last}
+                )
+            tail = (activation.name, list(activation.scalars), activation.algorithm)
+            if other is None:
+                new = self.graph.call_function(
+                    torch.ops.mkldnn._convolution_pointwise.default,
+                    (source, held, given["bias"], *where, groups, *tail),
+                )
+            else:
+                after = tail if activation.name != "none" else (None, [], None)
+                rest = (held, given["bias"], *where, groups, "add", 1.0, *after)
+                if self._ours_alone(other, last):
+                    new = self.graph.call_function(
+                        torch.ops.mkldnn._convolution_pointwise_.binary, (other, source, *rest)
+                    )
+                else:
+                    new = self.graph.call_function(
+                        torch.ops.mkldnn._convolution_pointwise.binary, (source, other, *rest)
+                    )
+        self._replace(last, new)
+
+    def _linear(self, node: fx.Node) -> None:
+        given = _arguments(node)
+        weight, kind = self._weight(given["weight"]), self.kinds.get(given["input"])
+        if weight is None or kind is None or kind[1] != weight.dtype or 0 in kind[0]:
+            return
+        last, activation, _ = self._followed(node, sums=False)
+        rows = kind[0][:-1].numel()
+        with self.graph.inserting_before(last):
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            new = self.graph.call_function(
+                torch.ops.mkldnn._linear_pointwise.default,
+                (given["input"], self._kept(reordered), given["bias"], activation.name,
+                 list(activation.scalars), activation.algorithm),
+            )  # fmt: skip
+        self._replace(last, new)
+
+    def _replace(self, last: fx.Node, new: fx.Node) -> None:
+        if last in self.kinds:
+            self.kinds[new] = self.kinds[last]
+        last.replace_all_uses_with(new)
+        self.graph.eliminate_dead_code()
+        self.fresh.add(new)
+
+    # -- what follows -----------------------------------------------------------------------------
+
+    def _followed(self, node: fx.Node, sums: bool) -> tuple[fx.Node, Unary, fx.Node | None]:
+        """The last call that goes into one with `node`, the activation, and what is added before it."""
+        last, other = node, None
+        user = _only_user(node)
+        if sums and user is not None and user.target is aten.add.Tensor and len(user.args) == 2:
+            found = user.args[1] if user.args[0] is node else user.args[0]
+            if isinstance(found, fx.Node) and self._alike(found, node):
+                last, other = user, found
+        user = _only_user(last)
+        activation = None if user is None else _unary(user)
+        if user is None or activation is None or (other is not None and activation.name != "relu"):
+            return last, Unary("none"), other
+        return user, activation, other
+
+    def _alike(self, left: fx.Node, right: fx.Node) -> bool:
+        """Whether two tensors are different ones of the same shape and dtype."""
+        known = left in self.kinds and right in self.kinds and left is not right
+        return known and self.kinds[left][:2] == self.kinds[right][:2]
+
+    def _ours_alone(self, other: fx.Node, at: fx.Node) -> bool:
+        """Whether what is added may be overwritten: nothing shares its memory or reads it later."""
+        return other in self.fresh and all(
+            one is at
+            or (one in self.fresh and one < at)
+            or (one.target is aten.add.Tensor and _only_user(one) is at)
+            for one in other.users
+        )
+
+    def _in_order(self) -> None:
+        """Outputs lie in memory as those of the module."""
+        output = self.graph.output_node()
+        for one in set(output.all_input_nodes):
+            shape, _, contiguous = self.kinds.get(one, ((), None, False))
+            if len(shape) == 4 and contiguous:
+                with self.graph.inserting_before(output):
+                    output.replace_input_with(
+                        one, self.graph.call_function(aten.contiguous.default, (one,))
+                    )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included."""
+    found = {}
+    for position, one in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = one.default_value if one.has_default_value() else None
+        found[one.name] = (
+            node.args[position] if position < len(node.args) else node.kwargs.get(one.name, default)
+        )
+    return found
+
+
+def _spread(sizes: Any, rank: int) -> list[int]:
+    found: list[int] = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
+    return found * rank if len(found) == 1 else found
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _unary(node: fx.Node) -> Unary | None:
+    """A call as an activation of its input, None if oneDNN has none such."""
+    if node.op != "call_function":
+        return None
+    if node.target in _PLAIN:
+        return Unary(_PLAIN[node.target])
+    if node.target is aten.gelu.default:
+        return Unary("gelu", (), str(_arguments(node)["approximate"]))
+    if node.target is aten.leaky_relu.default:
+        return Unary("leaky_relu", (_arguments(node)["negative_slope"],))
+    if node.target is aten.hardtanh.default:
+        given = _arguments(node)
+        return Unary("hardtanh", (given["min_val"], given["max_val"]))
+    if node.target is aten.relu6.default:
+        return Unary("hardtanh", (0.0, 6.0))
+    if node.target is aten.clamp.default:
+        given = _arguments(node)
+        limits = given["min"], given["max"]
+        if all(isinstance(one, (int, float)) for one in limits):
+            return Unary("hardtanh", limits)
+    return None
+
+
+BACKEND = Backend("prepacked", lower, missing)

@@ -1,0 +1,166 @@
+"""The specification of the backend `prepacked`: oneDNN's fused operators, the same results.
+
+Convolutions and linear maps run on reordered weights, with the sum and the activation behind them in one
+call; everything else, and every call with gradients, is the framework's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+from torch import nn
+
+import graphopt
+from graphopt.backends.prepacked import Prepacked, missing
+from tests.helpers import Net, relative_error
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+IMAGE = (2, 4, 9, 9)
+LIMIT = 1e-5
+
+
+def optimized(model: nn.Module, *inputs: torch.Tensor) -> graphopt.OptimizedModule:
+    fast = graphopt.optimize(model.eval(), inputs, backend="prepacked")
+    with torch.no_grad():
+        assert relative_error(fast(*inputs), model(*inputs)) < LIMIT
+    return fast
+
+
+def run_by(fast: graphopt.OptimizedModule) -> list[str]:
+    """The calls of the packed program."""
+    nodes = fast._run.packed.graph.nodes
+    return [
+        str(node.target).removeprefix("mkldnn.") for node in nodes if node.op == "call_function"
+    ]
+
+
+ACTIVATIONS = {
+    "relu": F.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid, "silu": F.silu, "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2), "relu6": F.relu6,
+    "clamp": lambda x: x.clamp(-0.3, 0.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_activation_is_part_of_the_call(name):
+    conv = Net(lambda net, x: ACTIVATIONS[name](net.c(x)), c=nn.Conv2d(4, 6, 3))
+    fast = optimized(conv, torch.randn(IMAGE))
+    assert run_by(fast) == ["aten.contiguous.default", "_convolution_pointwise.default",
+                            "aten.contiguous.default"]  # fmt: skip
+    linear = Net(lambda net, x: ACTIVATIONS[name](net.l(x)), l=nn.Linear(9, 5))
+    assert run_by(optimized(linear, torch.randn(IMAGE))) == ["_linear_pointwise.default"]
+
+
+@pytest.mark.parametrize("options", [
+    {"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}, {"groups": 4, "bias": False},
+    {"padding": "same"}, {"padding": "valid", "stride": (1, 2)}, {"padding": (0, 2)},
+])  # fmt: skip
+def test_geometry(options):
+    optimized(nn.Conv2d(4, 8, 3, **options), torch.randn(IMAGE))
+
+
+def residual(net, x):
+    y = net.a(x)
+    return F.relu(net.b(F.relu(y)) + y) + net.c(x)
+
+
+def test_sums_and_what_may_be_overwritten():
+    """x + conv(...) is written over x where nothing else reads it."""
+    maps = {name: nn.Conv2d(4, 4, 3, padding=1) for name in "abc"}
+    model = Net(residual, **maps).eval()
+    fast = graphopt.optimize(
+        model, (torch.randn(IMAGE),), passes="canonicalize", backend="prepacked"
+    )
+    with torch.no_grad():
+        assert relative_error(fast(torch.ones(IMAGE)), model(torch.ones(IMAGE))) < LIMIT
+    names = run_by(fast)
+    assert "aten.add.Tensor" not in names and "_convolution_pointwise_.binary" in names
+    x = torch.randn(IMAGE)
+    kept = x.clone()
+    with torch.no_grad():
+        fast(x)
+    assert torch.equal(x, kept)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from("cralmv")), max_size=9),
+       st.integers(0, 9))  # fmt: skip
+def test_any_sums_of_convolutions(steps, returned):
+    """Nothing is overwritten that is read later: random graphs of convolutions, sums, views."""
+
+    def body(net, x):
+        values = [x]
+        for left, right, kind in steps:
+            a, b = values[left % len(values)], values[right % len(values)]
+            values.append({
+                "c": lambda a=a: net.c(a), "r": lambda a=a: F.relu(a), "a": lambda a=a, b=b: a + b,
+                "l": lambda a=a, b=b: F.relu(net.d(a) + b), "m": lambda a=a, b=b: net.c(a) + net.d(b),
+                "v": lambda a=a: a.flatten(2).unflatten(2, (5, 5)),
+            }[kind]())  # fmt: skip
+        return values[-1] + values[returned % len(values)], values[returned % len(values)]
+
+    maps = {name: nn.Conv2d(3, 3, 3, padding=1) for name in "cd"}
+    model, x = Net(body, **maps).eval(), torch.randn(2, 3, 5, 5)
+    module = graphopt.optimize(model, (x,), passes="canonicalize").graph_module
+    packed = Prepacked(module)
+    with torch.no_grad():
+        for given_x in (x, torch.randn(3, 3, 5, 5)):
+            for found, truth in zip(packed(given_x), model(given_x), strict=True):
+                assert relative_error(found, truth) < LIMIT
+                assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_other_batches(batch):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 3))
+    fast = optimized(model, torch.randn(IMAGE))
+    x = torch.randn(batch, *IMAGE[1:])
+    with torch.no_grad():
+        assert fast(x).shape == (batch, 3)
+        assert batch == 0 or relative_error(fast(x), model(x)) < LIMIT
+
+
+def test_gradients_and_changed_weights():
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU())
+    fast = optimized(model, torch.randn(IMAGE))
+    x = torch.randn(IMAGE, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    (found,) = torch.autograd.grad(fast(x).sum(), x)
+    assert relative_error(found, expected) < LIMIT
+    twice = {name: 2 * value for name, value in fast.state_dict().items()}
+    for assign in (False, True):
+        fast.load_state_dict(copy.deepcopy(twice), assign=assign)
+        with torch.no_grad():
+            assert relative_error(fast(x), 2 * model(x)) < LIMIT
+
+
+def test_what_onednn_does_not_do_stays():
+    model = Net(
+        lambda net, x: net.t(net.c(x)).cumsum(1),
+        c=nn.Conv2d(4, 3, 3),
+        t=nn.ConvTranspose2d(3, 2, 3),
+    )
+    names = run_by(optimized(model, torch.randn(IMAGE)))
+    assert "aten.cumsum.default" in names and any("conv_transpose2d" in name for name in names)
+    double = Net(lambda net, x: net.c(x), c=nn.Conv2d(4, 3, 3)).double()
+    assert run_by(optimized(double, torch.randn(IMAGE).double())) == ["aten.conv2d.default"]
+
+
+def test_bfloat16():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 49, 3))
+    model = model.eval().to(torch.bfloat16)
+    x = torch.randn(IMAGE).to(torch.bfloat16)
+    fast = graphopt.optimize(model, (x,), backend="prepacked")
+    with torch.no_grad():
+        assert relative_error(fast(x).float(), model(x).float()) < 0.05
+    assert run_by(fast)[-1] == "_linear_pointwise.default"
+
+
+def test_the_report_says_what_is_packed():
+    fast = optimized(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), torch.randn(IMAGE))
+    assert "1 convolutions and linear maps on packed weights" in " ".join(fast.report.backend_notes)
