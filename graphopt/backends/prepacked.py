@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from graphopt.backends.base import Backend
 from graphopt.backends.inductor import plain
+from graphopt.ir.source import clone_inputs, untouched
 
 DTYPES = (torch.float32, torch.bfloat16)
 aten = torch.ops.aten
@@ -57,27 +58,34 @@ class Prepacked:
         self.module = module
         self.packed: fx.GraphModule | None = None
         self.remarks: list[str] = []
-        self._slots = [
-            (table, name) for part in module.modules() for table in (part._parameters, part._buffers)
-            for name, one in table.items() if one is not None
-        ]  # fmt: skip
-        self._packed_from: list[tuple[int, int]] = []
+        self._packed_from: list[tuple[str, Tensor, int]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
         empty = any(isinstance(one, Tensor) and not one.numel() for one in leaves)
         if torch.is_grad_enabled() or empty:
             return self.module(*args, **kwargs)
-        if self.packed is None or self._packed_from != self._state():
-            self.packed = pack(self.module, leaves, self.remarks)
-            self._packed_from = self._state()
+        if self.packed is None or not all(map(self._current, self._packed_from)):
+            self.packed, names = pack(self.module, leaves)
+            weights = [(name, _state(self.module, name)) for name in names]
+            self._packed_from = [(name, one, _version(one)) for name, one in weights]
+            self.remarks[:] = [f"{len(names)} convolutions and linear maps on packed weights"]
         out_spec: Any = self.module._out_spec
         return pytree.tree_unflatten(self.packed(*leaves), out_spec)
 
-    def _state(self) -> list[tuple[int, int]]:
-        """Which tensors the states are, and how often each was written to."""
-        tensors = [table[name] for table, name in self._slots]
-        return [(id(one), 0 if one.is_inference() else one._version) for one in tensors]  # type: ignore[union-attr]
+    def _current(self, packed: tuple[str, Tensor, int]) -> bool:
+        """Whether a weight is the tensor that was packed, and was not written to since."""
+        name, tensor, version = packed
+        found = _state(self.module, name)
+        return found is tensor and _version(found) == version
+
+
+def _state(module: fx.GraphModule, name: str) -> Tensor:
+    return operator.attrgetter(name)(module)  # type: ignore[no-any-return]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def lower(module: fx.GraphModule, trainable: bool) -> Callable[..., Any]:
@@ -85,17 +93,17 @@ def lower(module: fx.GraphModule, trainable: bool) -> Callable[..., Any]:
     return module if trainable else Prepacked(module)
 
 
-def pack(module: fx.GraphModule, leaves: list[Any], remarks: list[str]) -> fx.GraphModule:
-    """The program of `module` for inputs like `leaves`, from leaves to a tuple of leaves."""
+def pack(module: fx.GraphModule, leaves: list[Any]) -> tuple[fx.GraphModule, list[str]]:
+    """The program of `module` for inputs like `leaves`, from leaves to a tuple of leaves, and the names of
+    the weights that it has packed. States that the module writes are as before."""
     program = plain(module)
     seen = _Record(program)
-    with torch.no_grad():
-        seen.run(*leaves)
+    with untouched(module):
+        seen.run(*clone_inputs(tuple(leaves), {})[0])
     packer = _Packer(program, seen.kinds)
     packer.run()
     program.recompile()
-    remarks[:] = [f"{packer.count} convolutions and linear maps on packed weights"]
-    return program
+    return program, packer.names
 
 
 class _Record(fx.Interpreter):
@@ -118,7 +126,7 @@ class _Packer:
     def __init__(self, program: fx.GraphModule, kinds: dict[fx.Node, Any]) -> None:
         self.program, self.graph, self.kinds = program, program.graph, kinds
         self.fresh: set[fx.Node] = set()  # calls that share memory with nothing
-        self.count = 0
+        self.names: list[str] = []
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -141,13 +149,13 @@ class _Packer:
         """The tensor of a parameter that can be packed."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        tensor = operator.attrgetter(str(node.target))(self.program)
+        tensor = _state(self.program, str(node.target))
         fits = tensor.dtype in DTYPES and tensor.device.type == "cpu"
         return tensor.detach() if fits and tensor.layout == torch.strided else None
 
-    def _kept(self, tensor: Tensor) -> fx.Node:
-        name = f"_packed_{self.count}"
-        self.count += 1
+    def _kept(self, tensor: Tensor, weight: fx.Node) -> fx.Node:
+        name = f"_packed_{len(self.names)}"
+        self.names.append(str(weight.target))
         setattr(self.program, name, tensor)
         return self.graph.get_attr(name)
 
@@ -171,7 +179,7 @@ class _Packer:
             reordered = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, *where, groups, list(kind[0])
             )
-            held = self._kept(reordered)
+            held = self._kept(reordered, given["weight"])
             source = given["input"]
             if source.op == "placeholder" and weight.ndim == 4:
                 source = self.graph.call_function(
@@ -207,7 +215,7 @@ class _Packer:
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             new = self.graph.call_function(
                 torch.ops.mkldnn._linear_pointwise.default,
-                (given["input"], self._kept(reordered), given["bias"], activation.name,
+                (given["input"], self._kept(reordered, given["weight"]), given["bias"], activation.name,
                  list(activation.scalars), activation.algorithm),
             )  # fmt: skip
         self._replace(last, new)

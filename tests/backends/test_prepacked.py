@@ -139,6 +139,29 @@ def test_gradients_and_changed_weights():
             assert relative_error(fast(x), 2 * model(x)) < LIMIT
 
 
+def test_states_that_the_model_writes_are_written_once():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 3, 3)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.conv(x) + self.calls
+
+    model = Counting().eval()
+    fast = graphopt.optimize(copy.deepcopy(model), (torch.randn(IMAGE),), backend="prepacked")
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(fast(x), model(x)) < LIMIT
+            assert torch.equal(fast.calls, model.calls)
+            program = fast._run.packed
+        fast(x)
+    assert fast._run.packed is program  # and nothing is packed anew
+
+
 def test_what_onednn_does_not_do_stays():
     model = Net(
         lambda net, x: net.t(net.c(x)).cumsum(1),
