@@ -149,7 +149,7 @@ class Evaluator:
         while stack:
             top = stack[-1]
             if top not in pinned:
-                found = self._known(top)
+                found = self.known(top)
                 if found is None:
                     missing = [one for one in top.all_input_nodes if one not in pinned]
                     if missing:
@@ -161,7 +161,8 @@ class Evaluator:
             stack.pop()
         return pinned[node]
 
-    def _known(self, node: fx.Node) -> Any:
+    def known(self, node: fx.Node) -> Any:
+        """The value of a node that needs no computing, or None."""
         if node.op == "placeholder":
             return self.inputs[node]
         if node.op == "get_attr":
