@@ -122,7 +122,7 @@ def lift_dtypes(argument: Any) -> Any:
     return argument
 
 
-MEMORY_LIMIT = 1 << 30  # bytes of values kept; older ones are computed again when needed
+MEMORY_LIMIT = 1 << 28  # bytes of values kept; older ones are computed again when needed
 
 
 class Evaluator:
@@ -144,22 +144,33 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a node. Random ops draw from one fixed seed each."""
-        pinned: dict[fx.Node, Any] = {}
-        stack = [node]
+        found = self.known(node)
+        if found is not None:
+            return found
+        order, env = self._needed(node)
+        last = {used: one for one in order for used in one.all_input_nodes}
+        for one in order:
+            for used in one.all_input_nodes:
+                if used not in env:  # lifted when it is read, and not longer
+                    env[used] = self.known(used)
+            env[one] = seeded(self._interpreter, one, env)
+            self.keep(one, env[one])
+            for used in dict.fromkeys(one.all_input_nodes):
+                if last[used] is one:
+                    del env[used]
+        return env[node]
+
+    def _needed(self, node: fx.Node) -> tuple[list[fx.Node], dict[fx.Node, Any]]:
+        """What has to be computed for a node, in the order of the graph, and the kept values for it."""
+        needed, kept, stack = {node}, {}, [node]
         while stack:
-            top = stack[-1]
-            if top not in pinned:
-                found = self.known(top)
-                if found is None:
-                    missing = [one for one in top.all_input_nodes if one not in pinned]
-                    if missing:
-                        stack += missing
-                        continue
-                    found = seeded(self._interpreter, top, pinned)
-                    self.keep(top, found)
-                pinned[top] = found
-            stack.pop()
-        return pinned[node]
+            for one in stack.pop().all_input_nodes:
+                if one in self._kept:
+                    kept[one] = self.known(one)
+                elif one.op == "call_function" and one not in needed:
+                    needed.add(one)
+                    stack.append(one)
+        return sorted(needed), kept
 
     def known(self, node: fx.Node) -> Any:
         """The value of a node that needs no computing, or None."""
@@ -176,15 +187,15 @@ class Evaluator:
         """Remember the value of a node."""
         self.forget([node])
         self._kept[node] = value
-        self._bytes += _bytes(value)
+        self._bytes += nbytes(value)
         while self._bytes > self.limit and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= _bytes(oldest)
+            self._bytes -= nbytes(oldest)
 
     def forget(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
             if node in self._kept:
-                self._bytes -= _bytes(self._kept.pop(node))
+                self._bytes -= nbytes(self._kept.pop(node))
 
 
 def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:
@@ -196,7 +207,8 @@ def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:
         return interpreter.call(node, env)
 
 
-def _bytes(value: Any) -> int:
+def nbytes(value: Any) -> int:
+    """The bytes of a tensor, or of those in a list; what is no tensor has none."""
     leaves = value if isinstance(value, (tuple, list)) else [value]
     return sum(one.numel() * one.element_size() for one in leaves if isinstance(one, torch.Tensor))
 

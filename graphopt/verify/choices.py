@@ -118,8 +118,7 @@ def ties_of(graph: Graph, inputs: Sequence[Any]) -> Ties:
     for node in graph.fx.nodes:
         if node.op in ("placeholder", "get_attr"):
             value = lift(next(feed)) if node.op == "placeholder" else plain.state(str(node.target))
-            site.values[node], site.counts[node] = value, 0
-            site.magnitudes[node] = abs(value) if _numeric(value) else value
+            site.know(node, value)
             continue
         if node.op == "output":
             break
@@ -135,15 +134,8 @@ def ties_of(graph: Graph, inputs: Sequence[Any]) -> Ties:
                     rows |= tied.movedim(axis, 0).reshape(batch[0], -1).any(1)  # type: ignore[index]
         for used in node.all_input_nodes:
             if last[used] is node:
-                for kept in (site.values, site.magnitudes, site.counts):
-                    kept.pop(used, None)  # type: ignore[attr-defined]
+                site.drop(used)
     return Ties(count, None if everywhere else rows)
-
-
-def _numeric(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (
-        isinstance(value, torch.Tensor) and value.dtype is not torch.bool
-    )
 
 
 def _batch(graph: Graph, inputs: Sequence[Any]) -> tuple[int, str] | None:

@@ -21,11 +21,12 @@ from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
 from graphopt.verify import choices
-from graphopt.verify.bounds import Site
+from graphopt.verify.bounds import Memory, Site
 from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
 from graphopt.verify.model import relative_error
 
+MEMORY_LIMIT = 1 << 27  # bytes of what sites have computed
 MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
 
@@ -39,10 +40,13 @@ class SiteValidator:
     def restart(self) -> None:
         """The graph has become another one."""
         self._evaluator = Evaluator(self.graph, self.inputs)
+        self._memory = Memory(MEMORY_LIMIT)
 
     def forget(self, nodes: Iterable[fx.Node]) -> None:
         """Erased nodes need their values no more."""
+        nodes = list(nodes)
         self._evaluator.forget(nodes)
+        self._memory.forget(nodes)
 
     def check_masked(self, groups: Groups, gone: Collection[int], result: Graph) -> Verdict:
         """Compare a graph without some channel groups with the masked graph of `groups`."""
@@ -75,7 +79,8 @@ class SiteValidator:
             return self._check_exact(old, new)
         shared, inner = cut(old, new)
         try:
-            site = Site(self.graph, {node: self._evaluator.evaluate(node) for node in shared})
+            known = {node: self._evaluator.evaluate(node) for node in shared}
+            site = Site(self.graph, known, self._memory)
             for node in inner:
                 site.add(node)
         except Exception as error:
