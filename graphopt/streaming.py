@@ -37,6 +37,9 @@ def streaming(module: OptimizedModule, axis: int | str | None = "auto") -> Strea
         module: optimized, its loops over time rolled (`roll-steps`, in the preset deploy).
         axis: of time in the inputs; None where every step gets the same input; "auto" finds out.
 
+    A model with parameters of its own for every step reads those of the step that it is at, and has no
+    more steps than these, until `reset`.
+
     Raises:
         StreamingError: naming the operation that needs more than one step, or what else is missing.
     """
@@ -53,8 +56,9 @@ def streaming(module: OptimizedModule, axis: int | str | None = "auto") -> Strea
     reasons = []
     for repeated, places in itertools.product((False, True), _placements(graph, steps, axis)):
         try:
-            made = OneStep(graph, steps, places, repeated).build()
-            live = Streaming(graph, *made, module._signature)
+            start, step, count, results, numbered = OneStep(graph, steps, places, repeated).build()
+            limit = steps if numbered else None
+            live = Streaming(graph, start, step, count, results, module._signature, limit)
             _check(module, graph, steps, places, live)
             return live
         except StreamingError as reason:
@@ -68,14 +72,17 @@ class Streaming(nn.Module):
     """One step of a model per call; see `streaming`.
 
     States are buffers, moved and copied with the module and no part of its state_dict; gradients flow
-    through them from step to step. `states` is None until the first call.
+    through them from step to step. `states` is None until the first call. `limit` is the number of steps
+    of a model that has parameters of its own for each of them, else None; `time` is the number of the
+    next step.
     """
 
     def __init__(
         self, source: fx.GraphModule, start: fx.Graph, step: fx.Graph, count: int,
-        places: Sequence[Place], signature: Signature,
+        places: Sequence[Place], signature: Signature, limit: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.limit, self.time = limit, 0
         self.start = fx.GraphModule(source, start)
         self.step = fx.GraphModule(source, step)
         self.places, self.signature = tuple(places), signature
@@ -102,12 +109,20 @@ class Streaming(nn.Module):
         """Start anew: the next call is the first step, of any batch size."""
         for name in self.names:
             setattr(self, name, None)
+        self.time = 0
 
     def forward(self, *inputs: Tensor) -> Any:
+        if self.limit is not None and self.time >= self.limit:
+            raise StreamingError(
+                f"expected at most {self.limit} steps, for each of which the model has parameters of its "
+                f"own, found step {self.time + 1}; call reset() to start anew"
+            )
+        given: tuple[Any, ...] = inputs if self.limit is None else (*inputs, self.time)
         held = self.states
         if held is None:
-            held = list(self.start(*inputs))
-        results, held = self.step(*inputs, *held)
+            held = list(self.start(*given))
+        results, held = self.step(*given, *held)
+        self.time += 1
         for name, value in zip(self.names, held, strict=True):
             setattr(self, name, value)
         return pytree.tree_unflatten(list(results), self.signature.out_spec)

@@ -26,6 +26,7 @@ from graphopt.ir.graph import Graph, is_pure, is_random
 from graphopt.ir.many import Parts, Slot, acting, literals, part, slots, type_of
 from graphopt.ir.ops.base import Op
 from graphopt.ir.order import kept_in_order
+from graphopt.ir.own_norms import form_of, own
 from graphopt.ir.rewrite import describe
 from graphopt.ir.rows import Form, form, rows_of
 from graphopt.ir.value import Value
@@ -236,7 +237,8 @@ class _Schedule:
         for slot in found.data:
             values = tuple(one[slot].node for one in given)
             for place, node in enumerate(values):
-                self.places.setdefault(node, (values, place))
+                if not self.graph.is_constant(node):
+                    self.places.setdefault(node, (values, place))
         for place, node in enumerate(found.members):
             self.places[node] = (found, place)
 
@@ -254,18 +256,24 @@ class _Schedule:
         op = self.ops.get(node)
         if op is None or not is_pure(node):
             return None
-        places = {slot: self._place(one) for slot, one in slots(op).items()}
+        places = self._places(op)
         if len({place[1] for place in places.values() if place is not None}) != 1:
             return None
-        data = frozenset(slot for slot, place in places.items() if place is not None)
-        how = form(op, data)
+        data = frozenset(slot for slot, place in places.items() if place is not None) | own(op)
+        how = form_of(op, data)
         if isinstance(how, str) or (how.flat and not how.either and self._copies(places.values())):
             return None
         reads = [
-            (slot, one.node if (place := places[slot]) is None else place[0])
+            (slot, type_of(one) if slot in own(op) else
+             one.node if (place := places[slot]) is None else place[0])
             for slot, one in slots(op).items()
-        ]
+        ]  # fmt: skip
         return (*literals(op), *reads)
+
+    def _places(self, op: Op) -> dict[Slot, tuple[Hashable, int] | None]:
+        """What the tensors of an op are parts of, and which; parameters that may differ are of none."""
+        given = slots(op).items()
+        return {slot: None if slot in own(op) else self._place(one) for slot, one in given}
 
     def _copies(self, places: Iterable[tuple[Hashable, int] | None]) -> bool:
         """Whether the rows of parts of a value have to be copied to be one behind the other."""
@@ -276,11 +284,14 @@ class _Schedule:
         """A class of ops that read parts of the same, in the same order."""
         by_place: dict[int, fx.Node] = {}
         for node in nodes:
-            places = {slot: self._place(one) for slot, one in slots(self.ops[node]).items()}
+            places = self._places(self.ops[node])
             by_place.setdefault(next(filter(None, places.values()))[1], node)
         if len(by_place) == len(nodes) and _is_run(by_place):
-            data = frozenset(slot for slot, place in places.items() if place is not None)
-            how = form(self.ops[nodes[0]], data)
+            first = self.ops[nodes[0]]
+            data = frozenset(slot for slot, place in places.items() if place is not None) | own(
+                first
+            )
+            how = form_of(first, data)
             assert isinstance(how, Form)
             self._register(Siblings(_in_order(by_place), data, how, False))
 

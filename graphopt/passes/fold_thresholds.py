@@ -28,6 +28,7 @@ from typing import Any
 
 from graphopt.ir import ops
 from graphopt.ir.affine import fixed, same_shape
+from graphopt.ir.many import Many
 from graphopt.ir.rewrite import Rewrite, Rewriter, rewrite
 from graphopt.ir.value import Value
 from graphopt.passes.base import RewritePass
@@ -121,6 +122,11 @@ def _compared(compare: ops.Compare, rw: Rewriter, facts: Facts) -> Value:
         value, threshold, relation = threshold, value, AROUND[relation]
     rw.match(isinstance(value, Value) and value.dtype.is_floating_point)
     assert isinstance(value, Value) and not isinstance(threshold, complex)
+    if not isinstance(threshold, Value) and (steps_apart := _flattened(value.op)) is not None:
+        rw.match(rw.only_user(value, compare))
+        count = steps_apart.input.shape[0]
+        moved = _moved(rw, compare, steps_apart, steps_apart.input, threshold, relation, facts)
+        return Many(moved, count, False).flat()
     if isinstance(threshold, Value) and not threshold.is_constant:
         rw.match(value.op is not None)
         small = _smaller(threshold, value)
@@ -129,7 +135,23 @@ def _compared(compare: ops.Compare, rw: Rewriter, facts: Facts) -> Value:
             rw.decline(
                 "the threshold is another value of the same size, which would have to be scaled instead"
             )
-    chain = collect(rw, value, compare, threshold, relation, facts)
+    return _moved(rw, compare, compare, value, threshold, relation, facts)
+
+
+def _flattened(op: ops.Op | None) -> ops.Reshape | None:
+    """A reshape of [T, N, ...] to [T * N, ...]: what has an entry for each of T is on [T, N, ...]."""
+    if not isinstance(op, ops.Reshape) or op.input.ndim != op.out.ndim + 1:
+        return None
+    apart = isinstance(op.input.shape[0], int) and same_shape(op.input.shape[2:], op.out.shape[1:])
+    return op if apart else None
+
+
+def _moved(
+    rw: Rewriter, compare: ops.Compare, reader: ops.Op, value: Value, threshold: Any, relation: str,
+    facts: Facts,
+) -> Value:  # fmt: skip
+    """`value`, which `reader` reads, against a threshold, with what stands in front of it taken off."""
+    chain = collect(rw, value, reader, threshold, relation, facts)
     chain, known = integral(rw, chain, facts)
     rw.match(chain.shift is not None or chain.through
              or (chain.scale is not None and not is_sign(chain.scale)))  # fmt: skip

@@ -36,11 +36,13 @@ from graphopt.ir.recurrence.body import BodyError
 from graphopt.ir.recurrence.chain import Chain, chains
 from graphopt.ir.recurrence.first import from_the_start
 from graphopt.ir.recurrence.operator import SCAN
+from graphopt.ir.recurrence.own import Own, own_norms, written_out
 from graphopt.ir.recurrence.rolled import Rolled
 from graphopt.ir.recurrence.steps import NotSteps, filled
 from graphopt.passes.base import Pass
 
 NAME = "roll-steps"
+OPENED = "norm-of-a-step"  # what opening one is called in a report
 CONTRACT = Algebraic()
 _POINTWISE = (
     ops.Binary,
@@ -93,16 +95,36 @@ def _roll_all(session: Session, numbers: _Numbers) -> bool:
     graph = session.graph
     for node in graph.nodes:
         graph.is_constant(node)  # known from here on by what reads `meta`
-    found = list(chains(graph.fx, lambda node: is_pointwise(graph, node)))
+    found = list(chains(graph.fx, lambda node: is_pointwise(graph, node), numbers=True))
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
     found.sort(key=lambda one: order[one.nodes[0] if isinstance(one, Chain) else one[0]])
     replaced: dict[fx.Node, fx.Node] = {}
+    if any([_open_norms(session, one) for one in found if isinstance(one, Chain)]):
+        return True  # look again
     for one in found:
         if isinstance(one, Chain):
             replaced |= roll(session, _renamed(one, replaced), numbers)
         else:
             _refuse(session, *one)
     return bool(replaced)
+
+
+def _open_norms(session: Session, chain: Chain) -> bool:
+    """Norms with parameters of their own at every step become the scales and shifts that they are, which
+    the steps of a loop read one by one; whether there are such."""
+    norms = own_norms(session.graph, chain) if chain.steps > 2 else []
+    done = False
+    for norm in norms:
+        builder, old = norm.out.builder, norm.out.node
+        new = written_out(norm)
+        for node in builder.made:
+            node.meta["where"] = session.graph.where(old)
+        if session.replace(OPENED, CONTRACT, old, new.node, builder.made):
+            session.erase_dead([old])
+            done = True
+        else:
+            builder.rollback()
+    return done
 
 
 def _renamed(chain: Chain, names: Mapping[fx.Node, fx.Node]) -> Chain:
@@ -131,34 +153,54 @@ def _refuse(session: Session, node: fx.Node, reason: str, nodes: Iterable[fx.Nod
 def roll(session: Session, chain: Chain, numbers: _Numbers) -> dict[fx.Node, fx.Node]:
     """Put a scan in the place of a chain; or record why not. What took the place of what."""
     graph, name = session.graph, chain.nodes[0]
+    own = Own(graph, chain)
+    own.tell_numbers()
     starts: list[float | None] = [None] * len(chain.links)
+    ways = [starts]
     if (whole := from_the_start(chain, numbers.of, graph.is_constant)) is not None:
-        chain, known = whole
-        starts = list(known)
-    site = Rolled(graph, chain, starts)
-    try:
-        site.emit()
-    except (NotSteps, BodyError) as reason:
-        site.rollback()
-        _refuse(session, name, str(reason), chain.nodes)
+        own.chain, known = whole
+        ways = [list(known)]
+    elif not chain.start:
+        held = [numbers.of(one) for one in _initial(chain)]
+        ways = [starts] if None in held else [held, starts]
+    own.enter()
+    reason = ""
+    for starts in ways:
+        site = Rolled(graph, own.chain, starts)
+        try:
+            site.emit()
+            break
+        except (NotSteps, BodyError) as error:
+            site.rollback()
+            reason = str(error)
+    else:
+        own.rollback()
+        _refuse(session, name, reason, chain.nodes)
         return {}
     verdict = _check(session, site)
     inner = session.validator
     session.validator = None if inner is None else _Checked(inner, verdict)
     (old, new), *others = site.pairs
+    made = [*own.made, *site.builder.made]
     try:
-        done = session.replace(NAME, CONTRACT, old, new, site.builder.made, others)
+        done = session.replace(NAME, CONTRACT, old, new, made, others)
     finally:
         session.validator = inner
     if done:
         refused = _refused_inside(session, chain.nodes)
         session.erase_dead(
-            [*reversed(site.builder.made), old, *(one for one, _ in others), *chain.nodes]
+            [*reversed(made), old, *(one for one, _ in others), *chain.nodes, *_initial(chain)]
         )
-        _keep(session, refused, [one for one in site.builder.made if not one._erased])
+        _keep(session, refused, [one for one in made if not one._erased])
         return dict(site.pairs)
     site.rollback()
+    own.rollback()
     return {}
+
+
+def _initial(chain: Chain) -> list[fx.Node]:
+    """Where the states start from."""
+    return [chain.first_roots[one] if isinstance(one, int) else one for one in chain.initial]
 
 
 def _refused_inside(session: Session, nodes: Iterable[fx.Node]) -> list[Record]:
@@ -195,10 +237,23 @@ class _Numbers:
         if (value := filled(node)) is not None:
             return float(value)
         fake = node.meta["val"]
+        if is_pointwise(self.graph, node) and (value := self._computed(node)) is not None:
+            return value
         if not self.graph.is_constant(node) or not 0 < fake.numel() <= LARGEST_NUMBER:
             return None
         held = self._evaluator.evaluate(node).flatten()
         return float(held[0]) if not held.is_complex() and bool((held == held[0]).all()) else None
+
+    def _computed(self, node: fx.Node) -> float | None:
+        """What is computed of numbers alone, all in floating dtypes of one width."""
+        found = {one: self.of(one) for one in node.all_input_nodes}
+        dtype = node.meta["val"].dtype
+        if None in found.values() or any(one.meta["val"].dtype != dtype for one in found):
+            return None
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda one: torch.tensor(found[one], dtype=dtype)
+        )
+        return float(node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def _check(session: Session, site: Rolled) -> Verdict:

@@ -208,7 +208,7 @@ def recurrent(x: Tensor, w: Tensor) -> Any:
 def uneven(x: Tensor, w: Tensor) -> Any:
     v, spikes = torch.zeros_like(x[0]), []
     for t, one in enumerate(x):
-        s, v = lif(one * (1.5 + t), v)
+        s, v = lif(one.pow(1.5 + t), v)
         spikes.append(s)
     return torch.stack(spikes)
 

@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from graphopt.ir.affine import same_shape
-from graphopt.ir.recurrence.steps import NotSteps, Steps, components, filled, layers, tensor
+from graphopt.ir.recurrence.alike import difference, flat, literals, same_constant, taking_tensor
+from graphopt.ir.recurrence.steps import NotSteps, Steps, components, layers, tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Chain:
             (the last) has none.
         first_roots: the nodes that `first` returns.
         nodes: every node that is computed, with the constants that nothing else reads.
+        numbers: for each operand of the body that is a number of its own at every step from `start`, the
+            call that has it as its last argument, and the numbers; in the body it is that of one step.
+        choices: for what step `start` reads, what the first step may read in its place, if that is known.
     """
 
     steps: int
@@ -63,6 +67,8 @@ class Chain:
     first_inputs: list[fx.Node]
     first_roots: list[fx.Node]
     nodes: list[fx.Node]
+    numbers: list[tuple[fx.Node, list[float]]] = dataclasses.field(default_factory=list)
+    choices: dict[fx.Node, list[fx.Node]] = dataclasses.field(default_factory=dict)
 
 
 class Between(NotSteps):
@@ -74,20 +80,21 @@ class Between(NotSteps):
 
 
 def chains(
-    graph: fx.Graph, is_pointwise: Callable[[fx.Node], bool]
+    graph: fx.Graph, is_pointwise: Callable[[fx.Node], bool], numbers: bool = False
 ) -> Iterator[Chain | tuple[fx.Node, str]]:
-    """Every chain of a graph, and (node, reason) of what looks like one and is none."""
+    """Every chain of a graph, and (node, reason) of what looks like one and is none. With `numbers`,
+    steps may differ in numbers that a tensor can stand for."""
     for nodes in components(graph, is_pointwise):
-        yield from _chains(nodes)
+        yield from _chains(nodes, numbers)
 
 
-def _chains(nodes: Sequence[fx.Node]) -> Iterator[Chain | tuple[fx.Node, str]]:
+def _chains(nodes: Sequence[fx.Node], numbers: bool) -> Iterator[Chain | tuple[fx.Node, str]]:
     try:
-        if (found := chain(nodes)) is not None:
+        if (found := chain(nodes, numbers)) is not None:
             yield found
     except Between as reason:
         parts = layers(nodes)
-        inner = [one for part in parts for one in _chains(part)] if len(parts) > 1 else []
+        inner = [one for part in parts for one in _chains(part, numbers)] if len(parts) > 1 else []
         if any(isinstance(one, Chain) for one in inner) or not reason.told:
             yield from inner
         else:
@@ -96,7 +103,7 @@ def _chains(nodes: Sequence[fx.Node]) -> Iterator[Chain | tuple[fx.Node, str]]:
         yield nodes[0], str(reason)
 
 
-def chain(nodes: Sequence[fx.Node]) -> Chain | None:
+def chain(nodes: Sequence[fx.Node], numbers: bool = False) -> Chain | None:
     """The steps of a component; None if nothing in it looks like steps.
 
     Raises:
@@ -108,11 +115,11 @@ def chain(nodes: Sequence[fx.Node]) -> Chain | None:
     before = {one for one in steps.body if steps.level[one] < 0}
     if any(steps.is_outside(user) for one in before for user in one.users):
         return chain(
-            [one for one in nodes if one not in before]
+            [one for one in nodes if one not in before], numbers
         )  # read elsewhere: an initial state
     if (between := steps.between()) is not None:
         raise Between(between, steps.told)
-    return _Comparison(steps).chain()
+    return _Comparison(steps, numbers).chain()
 
 
 def _is_sum(steps: Steps) -> bool:
@@ -125,8 +132,8 @@ def _is_sum(steps: Steps) -> bool:
 class _Comparison:
     """The steps of a component, compared with one of them."""
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
+    def __init__(self, steps: Steps, numbers: bool) -> None:
+        self.steps, self.numbers = steps, numbers
 
     def chain(self) -> Chain | None:
         at: list[list[fx.Node]] = [[] for _ in range(self.steps.count)]
@@ -148,7 +155,9 @@ class _Comparison:
         if missing := [step for step, roots in enumerate(at) if not roots]:
             raise NotSteps(f"step {missing[0]} computes nothing that is read later")
         model = 1
-        pairs = [_Pairing(self.steps, model, step) for step in range(self.steps.count)]
+        pairs = [
+            _Pairing(self.steps, model, step, self.numbers) for step in range(self.steps.count)
+        ]
         pairs[model].match(at[model], at[model])
         for step in range(model + 1, self.steps.count):
             pairs[step].match(at[model], at[step])
@@ -165,7 +174,7 @@ class _Comparison:
         inputs = pairs[model].inputs
         roots = [[pair.images.get(root) for pair in pairs[start:]] for root in at[model]]
         invariants = self._invariants(model)
-        body = self._formula({model}, at[model], inputs, states, invariants)
+        body, twins = self._formula({model}, at[model], inputs, states, invariants)
         initial: list[Any] = [pairs[0].states.get(state) for state in states]
         if start:
             initial = [pairs[model].states[state] for state in states]
@@ -182,11 +191,14 @@ class _Comparison:
                 if one in reads and one not in invariants
                 and (one not in self.steps.inside or one in self.steps.invariant)
             ]  # fmt: skip
-            first = self._formula(before, first_roots, first_inputs, (), invariants)
+            first, _ = self._formula(before, first_roots, first_inputs, (), invariants)
+        numbers = dict.fromkeys(one for pair in pairs[start:] for one in pair.own)
         return Chain(
-            self.steps.count, start, body, [[pair.inputs[one] for pair in pairs[start:]] for one in inputs],
-            invariants, links, initial, roots, first, first_inputs, first_roots,
+            self.steps.count, start, body,
+            [_filled([pair.inputs.get(one) for pair in pairs[start:]]) for one in inputs], invariants, links,
+            initial, roots, first, first_inputs, first_roots,
             [*self.steps.body, *(one for one in self.steps.constants if not self.steps.is_outside(one))],
+            [(twins[one], [pair.number(one) for pair in pairs[start:]]) for one in numbers],
         )  # fmt: skip
 
     def _links(
@@ -224,8 +236,9 @@ class _Comparison:
     def _formula(
         self, levels: set[int], roots: Sequence[fx.Node], inputs: Iterable[fx.Node],
         states: Iterable[fx.Node], invariants: Iterable[fx.Node],
-    ) -> Formula:  # fmt: skip
-        graph, twins = fx.Graph(), {}
+    ) -> tuple[Formula, dict[fx.Node, fx.Node]]:  # fmt: skip
+        """The formula, and what of it is what of the graph."""
+        graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
         for letter, group in (("x", inputs), ("v", states), ("w", invariants)):
             for number, node in enumerate(group):
                 twins[node] = graph.placeholder(f"{letter}{number}")
@@ -236,18 +249,24 @@ class _Comparison:
                 twins[node].meta = dict(node.meta)
         graph.output(tuple(twins[root] for root in roots))
         graph.eliminate_dead_code()
-        return Formula(graph, len(roots))
+        return Formula(graph, len(roots)), twins
 
 
 class _Pairing:
     """The nodes of one step beside those of the step that is the model."""
 
-    def __init__(self, steps: Steps, model: int, step: int) -> None:
-        self.steps, self.model, self.step = steps, model, step
+    def __init__(self, steps: Steps, model: int, step: int, numbers: bool) -> None:
+        self.steps, self.model, self.step, self.numbers = steps, model, step, numbers
         self.images: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[fx.Node, fx.Node] = {}
         self.states: dict[fx.Node, fx.Node] = {}
         self.more: list[fx.Node] = []  # of the model, that the last step alone hands out
+        self.own: dict[fx.Node, None] = {}  # of the model, with another number as last argument
+
+    def number(self, node: fx.Node) -> float:
+        """The last argument of what is a call of the model here; that of the model where the last step
+        does not have it."""
+        return self.images.get(node, node).args[-1]  # type: ignore[return-value]
 
     def match(self, model: Sequence[fx.Node], roots: Sequence[fx.Node]) -> None:
         """Pair every root of this step with one of the model's, which may have more: what no later
@@ -265,14 +284,14 @@ class _Pairing:
         for root in queue:
             reason = f"{root.name} ({root.target}) of step {self.step} has no counterpart"
             for candidate in (*free, *inner):
-                saved = dict(self.images), dict(self.inputs), dict(self.states)
+                saved = dict(self.images), dict(self.inputs), dict(self.states), dict(self.own)
                 reasons: list[str] = []
                 if self._walk(candidate, root, reasons):
                     (free if candidate in free else inner).remove(candidate)
                     if candidate not in model:
                         self.more.append(candidate)
                     break
-                self.images, self.inputs, self.states = saved
+                self.images, self.inputs, self.states, self.own = saved
                 if candidate.target is root.target or reason.endswith("no counterpart"):
                     reason = reasons[0]
             else:
@@ -290,7 +309,7 @@ class _Pairing:
             a, b = stack.pop()
             fixed = b in steps.invariant and b not in steps.constants
             if a in steps.invariant or fixed:
-                if a is not b and not _same_constant(a, b):
+                if a is not b and not same_constant(a, b):
                     reasons.append(f"{b.name}, expected {a.name}")
                     return False
                 continue
@@ -307,11 +326,11 @@ class _Pairing:
                 return False
             table[a] = b
             if not self._alike(a, b, state, leaf):
-                reasons.append(f"{b.name} ({b.target}), expected {a.name} ({a.target})")
+                reasons.append(difference(a, b))
                 return False
             if state or leaf:
                 continue
-            for left, right in zip(_flat(a), _flat(b), strict=True):
+            for left, right in zip(flat(a), flat(b), strict=True):
                 if isinstance(left, fx.Node):
                     stack.append((left, right))
         return True
@@ -330,17 +349,21 @@ class _Pairing:
             return False
         if leaf:
             return True
-        return a.target is b.target and _literals(a) == _literals(b)
+        if a.target is not b.target:
+            return False
+        if literals(a) != literals(b):
+            if not self.numbers or None in (taking_tensor(a), taking_tensor(b)):
+                return False
+            self.own[a] = None
+        return True
 
 
-def _same_constant(a: fx.Node, b: fx.Node) -> bool:
-    value = filled(a)
-    return value is not None and value == filled(b) and tensor(a).dtype == tensor(b).dtype
-
-
-def _flat(node: fx.Node) -> list[Any]:
-    return [*node.args, *(node.kwargs[key] for key in sorted(node.kwargs))]
-
-
-def _literals(node: fx.Node) -> list[Any]:
-    return [None if isinstance(one, fx.Node) else (type(one), one) for one in _flat(node)]
+def _filled(inputs: Sequence[fx.Node | None]) -> list[fx.Node]:
+    """What every step reads; a step that need not read it, as the last one the decay of a state that
+    nothing follows, reads that of its neighbour."""
+    held = next(one for one in inputs if one is not None)
+    found = []
+    for one in inputs:
+        held = held if one is None else one
+        found.append(held)
+    return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from graphopt.ir.affine import same_shape
 from graphopt.ir.recurrence.chain import Chain, Formula
-from graphopt.ir.recurrence.steps import tensor
+from graphopt.ir.recurrence.steps import element, tensor
 
-MOST_TRIALS = 64  # assignments of inputs and of numbers to states
+MOST_TRIALS = 128  # assignments of inputs and of numbers to states
 _SAME = {"aten::detach", "aten::clone", "aten::alias", "aten::contiguous", "aten::positive"}
 _CASTS = {"aten::to", "aten::_to_copy", "aten::type_as"}
 _COMMUTE = {"aten::add", "aten::mul", "aten::eq", "aten::ne"}
@@ -64,25 +64,54 @@ def from_the_start(
     )
     first = _evaluate(chain.first, {one: leaf(node) for one, node in own.items()})
     after = [first[one] if isinstance(one, int) else leaf(one) for one in chain.initial]
-    moving = [one for one in chain.first_inputs if not is_constant(one) and number(one) is None]
     given_numbers = map(number, (*chain.first_inputs, *chain.invariants))
     known = {one for one in given_numbers if one}
     starts = itertools.product((0.0, *sorted(known)), repeat=len(chain.links))
-    trials = itertools.product(starts, itertools.permutations(moving, len(chain.inputs)))
+    options = [_options(chain, nodes[0], number, is_constant) for nodes in chain.inputs]
+    trials = ((one, inputs) for one in starts for inputs in _assignments(options))
     for numbers, inputs in itertools.islice(trials, MOST_TRIALS):
-        if all(map(_alike, inputs, (one[0] for one in chain.inputs))):
-            given = [*map(leaf, inputs), *map(Number, numbers), *map(leaf, chain.invariants)]
-            found = _evaluate(chain.body, dict(zip(_placeholders(chain.body), given, strict=True)))
-            roots = _paired(chain, found, first, after)
-            if roots is not None:
-                whole = dataclasses.replace(
-                    chain, start=0, first=None, first_inputs=[], first_roots=[],
-                    inputs=[[x, *rest] for x, rest in zip(inputs, chain.inputs, strict=True)],
-                    roots=[[None if root is None else chain.first_roots[root], *rest]
-                           for root, rest in zip(roots, chain.roots, strict=True)],
-                )  # fmt: skip
-                return whole, list(numbers)
+        given = [*map(leaf, inputs), *map(Number, numbers), *map(leaf, chain.invariants)]
+        found = _evaluate(chain.body, dict(zip(_placeholders(chain.body), given, strict=True)))
+        roots = _paired(chain, found, first, after)
+        if roots is not None:
+            whole = dataclasses.replace(
+                chain, start=0, first=None, first_inputs=[], first_roots=[],
+                inputs=[[x, *rest] for x, rest in zip(inputs, chain.inputs, strict=True)],
+                roots=[[None if root is None else chain.first_roots[root], *rest]
+                       for root, rest in zip(roots, chain.roots, strict=True)],
+            )  # fmt: skip
+            return whole, list(numbers)
     return None
+
+
+def _options(
+    chain: Chain, second: fx.Node, number: Callable[[fx.Node], float | None],
+    is_constant: Callable[[fx.Node], bool],
+) -> list[fx.Node]:  # fmt: skip
+    """What the first step may read where the second one reads `second`: elements of one tensor, if both
+    can be; a value of the run for one, a parameter for one. A parameter that the first step does not
+    read, as a decay of a state of zero, may be any."""
+    if second in chain.choices:
+        return [*chain.choices[second], second]
+    found = [one for one in chain.first_inputs if _alike(one, second)]
+    place = element(second)
+    if place is not None:
+        of_one = [one for one in found if (held := element(one)) and held[:2] == place[:2]]
+        found = of_one or found
+    if is_constant(second):
+        return [*filter(is_constant, found), second]
+    return [one for one in found if not is_constant(one) and number(one) is None]
+
+
+def _assignments(options: Sequence[Sequence[fx.Node]]) -> Iterator[tuple[fx.Node, ...]]:
+    """One of each, no two the same, those that come first in their options first."""
+    if not options:
+        yield ()
+        return
+    for one in options[0]:
+        rest = [[other for other in some if other is not one] for some in options[1:]]
+        for others in _assignments(rest):
+            yield (one, *others)
 
 
 def _alike(one: fx.Node, two: fx.Node) -> bool:

@@ -7,9 +7,8 @@ given and handed on, and the axis of time, what takes steps apart and what puts 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
-from collections import defaultdict
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.ir import ops
 from graphopt.ir.builder import Builder
+from graphopt.ir.graph import is_random
 from graphopt.ir.many import Pointwise, acting, slots
 from graphopt.ir.ops.base import Op
 from graphopt.ir.recurrence.operator import SCAN
+from graphopt.ir.recurrence.repeated import REPEATING, infer, repetition
 from graphopt.ir.rows import Form, form
 
 aten = torch.ops.aten
@@ -66,20 +66,25 @@ class OneStep:
         self.states: list[tuple[fx.Node, fx.Node, fx.Node]] = []  # (placeholder, first, next)
         self._known: dict[Any, fx.Node] = {}
         self._results: dict[Any, list[tuple[fx.Node, Place]]] = {}  # of a scan
+        self._time: fx.Node | None = None  # the number of the step, once something reads it
+        self._constant: set[fx.Node] = set()  # parameters, and what is made of them alone
 
-    def build(self) -> tuple[fx.Graph, fx.Graph, int, list[Place]]:
-        """(start, step, number of states, where time is in the outputs of the whole)."""
+    def build(self) -> tuple[fx.Graph, fx.Graph, int, list[Place], bool]:
+        """(start, step, number of states, where time is in the outputs of the whole, whether start and
+        step take the number of the step, after the inputs: they have parameters for every step)."""
         nodes = list(self.module.graph.nodes)
         try:
             infer(self.module)
             return self._built(nodes)
-        except RuntimeError as error:  # in torch's words
+        except StreamingError:
+            raise
+        except (RuntimeError, ValueError) as error:  # in torch's words, and those of a scan
             raise StreamingError(f"not for every batch size: {error}") from error
         finally:
             for node in nodes:
                 node.meta.pop("val", None)
 
-    def _built(self, nodes: list[fx.Node]) -> tuple[fx.Graph, fx.Graph, int, list[Place]]:
+    def _built(self, nodes: list[fx.Node]) -> tuple[fx.Graph, fx.Graph, int, list[Place], bool]:
         feed = iter(self.inputs)
         for node in nodes:
             if node.op == "placeholder":
@@ -90,6 +95,9 @@ class OneStep:
             self.states.append((self.graph.placeholder(f"state_{number}"),) * 3)
         self._free = iter(range(len(self.states)))
         for node in nodes:
+            fixed = self._constant.issuperset(node.all_input_nodes) and not is_random(node)
+            if node.op == "get_attr" or (node.op == "call_function" and fixed):
+                self._constant.add(node)
             if node.op == "placeholder":
                 continue
             if node.op == "get_attr":
@@ -101,9 +109,10 @@ class OneStep:
                 places = [self._returned(one) for one in leaves]
                 results = [self.twins[one] for one in leaves]
         held, first, after = map(list, zip(*self.states, strict=True))
+        given += [] if self._time is None else [self._time]
         start = self._cut(given, first, dict(zip(held, first, strict=True)))
         step = self._cut([*given, *held], [results, after], {})
-        return start, step, len(self.states), places
+        return start, step, len(self.states), places, self._time is not None
 
     def _cut(
         self, inputs: list[fx.Node], results: Any, instead: Mapping[fx.Node, fx.Node]
@@ -146,9 +155,17 @@ class OneStep:
             self._known[key] = self.graph.call_function(target, args, kwargs or {})
         return self._known[key]
 
-    def _copied(self, node: fx.Node) -> fx.Node:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.twins.__getitem__)
+    def _copied(self, node: fx.Node, instead: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:
+        twins = ChainMap(dict(instead or {}), self.twins)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), twins.__getitem__)
         return self._emit(node.target, args, kwargs)
+
+    def _now(self, node: fx.Node, axis: int) -> fx.Node:
+        """The entry for this step of a parameter that has one for each."""
+        if self._time is None:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self._time = self.graph.placeholder("time")
+        return self._emit(aten.select.int, (self.twins[node], axis, self._time))
 
     def _set(self, node: fx.Node, twin: fx.Node, place: Place) -> None:
         self.twins[node], self.places[node] = twin, place
@@ -194,7 +211,7 @@ class OneStep:
     def _apart(self, node: fx.Node, builder: Builder) -> None:
         """A call that reads nothing of any step; what it repeats may be for the steps to read."""
         op = builder.view(node) if self.repeated else None
-        axis = _repetition(op, self.steps) if isinstance(op, _REPEATING) else None
+        axis = repetition(op, self.steps) if isinstance(op, REPEATING) else None
         if axis is None:
             return self._set(node, self._copied(node), NONE)
         if axis or not isinstance(op, (ops.Repeat, ops.Expand)):
@@ -209,7 +226,7 @@ class OneStep:
         operands: Any = node.args
         body, _, states, xs, others = operands
         for one in xs:
-            if self.places[one] != Place("stacked", 0):
+            if self.places[one] != Place("stacked", 0) and one not in self._constant:
                 raise self._refuse(node, f"reads {one.name}, {SAME}")
         for one in (*others, *states):
             place = self.places[one]
@@ -218,7 +235,8 @@ class OneStep:
                 raise self._refuse(node, f"reads {one.name} of more than one step")
         own = [next(self._free) for _ in states]
         held = [self.states[one][0] for one in own]
-        now = [self._emit(aten.unsqueeze.default, (self.twins[one], 0)) for one in xs]
+        entries = [self._now(one, 0) if one in self._constant else self.twins[one] for one in xs]
+        now = [self._emit(aten.unsqueeze.default, (one, 0)) for one in entries]
         scan = self._emit(SCAN, (body, 1, held, now, [self.twins[one] for one in others]))
         count = len(node.meta["val"]) - len(held)
         parts = [self._emit(operator.getitem, (scan, i)) for i in range(count + len(held))]
@@ -290,25 +308,42 @@ class OneStep:
                 return self._set(node, made, Place("stacked", op.dims.index(axis)))
             if isinstance(op, (ops.Mean, ops.Sum)):
                 return self._reduced(node, op, axis)
+        if (
+            place.kind == "stacked"
+            and (instead := self._aligned(op, reads, place.axis)) is not None
+        ):
+            return self._set(node, self._copied(node, instead), place)
         data = frozenset(slot for slot, value in slots(op).items() if value.node in reads)
         found = form(op, data)
         if place.kind == "stacked" and (place.axis or {"dim", "dims"} & set(op.field_names())):
-            pointwise = (
-                ops.Unary,
-                ops.Binary,
-                ops.Compare,
-                ops.Cast,
-                ops.Copy,
-                ops.Detach,
-                Pointwise,
-            )
-            if not (isinstance(op, pointwise) and len(node.all_input_nodes) == len(reads)):
-                raise self._refuse(node, "may mix the steps, which do not lie along its first axis")
+            raise self._refuse(node, "may mix the steps, which do not lie along its first axis")
         elif not (isinstance(found, Form) and found.flat):
             raise self._refuse(
                 node, f"may mix the steps{f': {found}' if isinstance(found, str) and found else ''}"
             )
         self._set(node, self._copied(node), place)
+
+    def _aligned(
+        self, op: Op, reads: Sequence[fx.Node], axis: int
+    ) -> dict[fx.Node, fx.Node] | None:
+        """For a pointwise op on all steps, what one step reads in the place of what has no time: the
+        entry for this step of a parameter that has one for each, the only one of what has an axis for it;
+        None if the op is none, or steps may meet."""
+        if not isinstance(op, _POINTWISE) or is_random(op.out.node):
+            return None
+        instead: dict[fx.Node, fx.Node] = {}
+        for value in slots(op).values():
+            node, own = value.node, axis - (op.out.ndim - value.ndim)
+            if node in reads:
+                if own != axis:
+                    return None
+            elif own >= 0 and value.shape[own] == 1:
+                instead[node] = self._emit(aten.select.int, (self.twins[node], own, 0))
+            elif own >= 0 and node in self._constant:
+                instead[node] = self._now(node, own)
+            elif own >= 0:
+                return None
+        return instead
 
     def _reduced(self, node: fx.Node, op: Any, axis: int) -> None:
         dims = [dim % op.input.ndim for dim in op.dims] or list(range(op.input.ndim))
@@ -357,44 +392,6 @@ class OneStep:
         return self._emit(aten.reshape.default, (twin, sizes))
 
 
-_REPEATING = (ops.Repeat, ops.Expand, ops.Stack)
-
-
-def _repetition(op: Any, steps: int) -> int | None:
-    """The first axis along which a value is the same at as many places as there are steps."""
-    shape = op.out.shape
-    if isinstance(op, ops.Stack):
-        same = len(op.tensors) == steps and len({one.node for one in op.tensors}) == 1
-        return op.dim % len(shape) if same else None
-    new = len(shape) - op.input.ndim
-    inner = (1,) * new + tuple(op.input.shape)
-    for axis, (size, one) in enumerate(zip(shape, inner, strict=True)):
-        if size == steps and one == 1 and steps > 1:
-            alone = axis or not isinstance(op, ops.Repeat) or all(n == 1 for n in op.repeats[1:])
-            return axis if alone else None
-    return None
-
-
-def infer(module: fx.GraphModule) -> None:
-    """Give every node a fake tensor, dynamic sizes being small primes that no other size is."""
-    nodes = list(module.graph.nodes)
-    taken = {size for node in nodes for size in node.meta.get("type", {}).get("shape", ())
-             if isinstance(size, int)}  # fmt: skip
-    primes = (
-        one for one in itertools.count(11)
-        if one not in taken and all(one % i for i in range(2, one))
-    )  # fmt: skip
-    sizes: dict[str, int] = defaultdict(lambda: next(primes))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        for node in nodes:
-            if node.op == "placeholder":
-                kind = node.meta["type"]
-                shape = [one if isinstance(one, int) else sizes[one] for one in kind["shape"]]
-                node.meta["val"] = torch.empty(shape, dtype=getattr(torch, kind["dtype"]))
-            elif node.op == "get_attr":
-                held = operator.attrgetter(str(node.target))(module)
-                node.meta["val"] = mode.from_tensor(held.detach(), static_shapes=True)
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+_POINTWISE = (
+    ops.Unary, ops.Binary, ops.Pow, ops.Compare, ops.Where, ops.Cast, ops.Copy, ops.Detach, Pointwise,
+)  # fmt: skip

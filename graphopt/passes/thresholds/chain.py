@@ -23,6 +23,7 @@ from graphopt.ir.affine import combined, fixed, same, same_shape, total
 from graphopt.ir.ops import widen
 from graphopt.ir.rewrite import Rewriter, describe
 from graphopt.ir.value import Value
+from graphopt.passes.thresholds.elsewhere import stays_elsewhere
 from graphopt.passes.thresholds.facts import Facts
 
 AROUND = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
@@ -108,7 +109,7 @@ def collect(
                 f"{describe(value)} is read elsewhere too, so it has to be computed",
             )
             break
-        if isinstance(op, ops.BatchNorm) and _stays_elsewhere(rw, op):
+        if isinstance(op, ops.BatchNorm) and stays_elsewhere(rw, op):
             rw.rollback(since)
             rw.require(
                 chain.value != value,
@@ -118,17 +119,6 @@ def collect(
             break
         chain = dataclasses.replace(longer, off=(*chain.off, op))
     return chain
-
-
-def _stays_elsewhere(rw: Rewriter, norm: ops.BatchNorm) -> bool:
-    """Whether another call of a norm has several readers, as all have whose result is a state: then the
-    last one of a loop, which nothing follows, is no gain."""
-    mean = norm.running_mean
-    calls = [rw.view(user) for user in mean.users] if mean is not None else []
-    return any(
-        isinstance(one, ops.BatchNorm) and one.weight == norm.weight and len(one.out.users) > 1
-        for one in calls if one is not None and one.out != norm.out
-    )  # fmt: skip
 
 
 def _longer(
