@@ -10,6 +10,8 @@ from graphopt.adaptation import (
 from graphopt.artifact import ArtifactError as ArtifactError, load as load
 from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
 from graphopt.channels import channel_groups as channel_groups
+from graphopt.export import Export as Export, export as export
+from graphopt.filecheck import ExportError as ExportError
 from graphopt.ir.contracts import (
     Algebraic as Algebraic,
     Calibrated as Calibrated,

@@ -97,8 +97,12 @@ def optimize(
     mode: Annotated[str, MODE] = "deploy",
     passes: Annotated[str | None, PASSES] = None,
     backend: Annotated[
-        str, typer.Option(help="eager, prepacked, inductor, triton, or auto.")
+        str,
+        typer.Option(help="eager, prepacked, openvino, onnxruntime, inductor, triton, or auto."),
     ] = "eager",
+    tune_seconds: Annotated[
+        float, typer.Option(min=0, help="What backend auto may spend on building and measuring.")
+    ] = 60.0,
     trust: Annotated[bool, TRUST] = False,
     bisect_limit: Annotated[int | None, LIMIT] = None,
     validate: Annotated[bool, VALIDATE] = True,
@@ -128,6 +132,7 @@ def optimize(
         result = graphopt.optimize(
             model, args or None, kwargs or None, mode=mode, passes=pipeline, backend=backend,
             validate=validate, bisect_limit=bisect_limit, progress=status.update,
+            tune_seconds=tune_seconds,
         )  # fmt: skip
         if output is not None:
             status.update(f"saving {output}")

@@ -90,6 +90,16 @@ class OptimizedModule(nn.Module):
 
         save(self, path)
 
+    def export(
+        self, path: str | os.PathLike[str], args: Any = None,
+        kwargs: Mapping[str, Any] | None = None, *, format: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Write the model for other runtimes: ONNX, OpenVINO IR, `.pt2`, AOTInductor; see
+        `graphopt.export`."""
+        from graphopt.export import export
+
+        return export(self, path, args, kwargs, format=format)
+
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Random inputs of the captured shapes and dtypes, as (args, kwargs)."""
         if self._signature is None or self.graph_module is None:

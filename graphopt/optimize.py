@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
-from graphopt.backends import base as backends
+from graphopt.backends import auto, base as backends
 from graphopt.ir import capture as capturing
 from graphopt.ir.capture import Captured
 from graphopt.ir.cost import cost, target
@@ -20,13 +20,13 @@ from graphopt.ir.driver import Applications, Record, Session, Validator
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
-from graphopt.ir.source import CaptureError, clone_inputs, copy_module, first_line, untouched
+from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.regional import optimize_regions
 from graphopt.report import Capture, Report, listing, modules_of
 from graphopt.verify import SiteValidator, check_model
-from graphopt.verify.model import relative_error
+from graphopt.verify.truth import Truth
 
 MODES = ("deploy", "tune")
 Progress = Callable[[str], None]
@@ -37,7 +37,8 @@ class Options:
     """What `optimize` was asked for.
 
     `validator` makes what checks the sites of one graph. Without `enforce`, a failed check of the
-    whole model is reported and changes nothing.
+    whole model is reported and changes nothing. `tuning` is what backend "auto" may spend, on all regions
+    together.
     """
 
     mode: str
@@ -51,6 +52,7 @@ class Options:
     enforce: bool = True
     bisect_limit: int | None = None
     applications: Applications = dataclasses.field(default_factory=Applications)
+    tuning: auto.Tuning = dataclasses.field(default_factory=auto.Tuning)
 
     def report(self, source: nn.Module, capture: Capture) -> Report:
         """A report with nothing done yet."""
@@ -76,6 +78,8 @@ def optimize(
     validate: bool = True,
     bisect_limit: int | None = None,
     progress: Progress | None = None,
+    tune_seconds: float = 60.0,
+    tune_cache: bool = True,
 ) -> OptimizedModule:
     """An optimized copy of `model`; the model itself is not changed.
 
@@ -91,14 +95,17 @@ def optimize(
         mode: "deploy" stores folded weights; "tune" keeps the original parameters trainable.
         passes: a pipeline text, a `Pipeline`, or a sequence of passes and rewrites, in place of
             the preset of `mode`.
-        backend: "eager", "prepacked", "inductor", "triton", or "auto", which measures those that can
-            run here.
+        backend: "eager", "prepacked", "triton", "openvino", "onnxruntime", "inductor", or "auto", which
+            measures those that can run here and keeps the fastest that is right; see docs/auto.md.
         dynamic_shapes: as for `torch.export.export`, in place of the dynamic first axis.
         validate: False applies rewrites unchecked and rolls nothing back, to study wrong ones; the
             report still has the error of the whole model.
         bisect_limit: apply this many rewrites at most; those with `Record.index` from here on are
             left out.
         progress: called with a line of text at each step.
+        tune_seconds: what backend "auto" may spend on building and measuring others than "prepacked"
+            (else "eager"); 0 takes that one at once.
+        tune_cache: False neither uses nor keeps choices of backend "auto".
 
     Returns:
         An `OptimizedModule`; its `report` says what was done and why not more.
@@ -111,7 +118,10 @@ def optimize(
         backends.find(backend)
     if bisect_limit is not None and bisect_limit < 0:
         raise ValueError(f"bisect_limit: expected a number of rewrites, found {bisect_limit}")
-    options = Options(mode, pipeline, backend, dynamic_shapes, progress, bisect_limit=bisect_limit)
+    options = Options(
+        mode, pipeline, backend, dynamic_shapes, progress, bisect_limit=bisect_limit,
+        tuning=auto.Tuning(tune_seconds, tune_cache),
+    )  # fmt: skip
     if not validate:
         options = dataclasses.replace(options, validator=unchecked, enforce=False)
     return optimize_as(model, args, kwargs, options)
@@ -159,7 +169,9 @@ def _optimize(
     """Optimize a module that belongs to us: whole, or else by region."""
     start = time.perf_counter()
     limit = math.inf if options.bisect_limit is None else options.bisect_limit
-    options = dataclasses.replace(options, applications=Applications(limit))
+    options = dataclasses.replace(
+        options, applications=Applications(limit), tuning=options.tuning.anew()
+    )
     try:
         return _optimize_whole(source, args, kwargs, options)
     except CaptureError as error:
@@ -188,20 +200,23 @@ def rewrite_captured(
     graph = captured.graph
     inputs = pytree.tree_leaves(clone_inputs(args, kwargs))
     report = options.report(source, Capture(captured.method, seconds, captured.notes))
-    graph = run_pipeline(graph, inputs, options, report)
+    graph, truth = run_pipeline(graph, inputs, options, report)
     module = build(graph)
     module.train(source.training)
-    run = _lower(module, args, kwargs, options, report)
+    run = _lower(module, truth, options, report)
     lower = backends.find(report.backend).lower_again(report)
     result = OptimizedModule(module, graph.signature, report, lower)
     result.__dict__["_run"] = run
     return result
 
 
-def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Report) -> Graph:
+def run_pipeline(
+    graph: Graph, inputs: list[Any], options: Options, report: Report
+) -> tuple[Graph, Truth]:
     """Run the passes on `graph`, checking every site and the whole; fills in the report.
 
-    Returns the rewritten graph, or the graph as captured if the whole model fails its check.
+    Returns the rewritten graph, or the graph as captured if the whole model fails its check, and what
+    it computes on the inputs.
     """
     source = graph.clone()
     report.before, report.ops_before = cost(graph, inputs), listing(graph)
@@ -218,7 +233,10 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     session.validator = None  # its values are not needed again, and large
     start = time.perf_counter()
     options.say("verifying the whole model in float64")
-    report.check = check_model(session.source or source, graph, inputs, options.float64_limit)
+    truth = Truth(session.source or source, inputs)
+    report.check = check_model(
+        truth.graph, graph, inputs, options.float64_limit, lambda: truth.outputs
+    )
     report.validation_seconds = session.validation_seconds + time.perf_counter() - start
     if not report.check.ok and options.enforce:
         report.rolled_back = [
@@ -231,13 +249,24 @@ def run_pipeline(graph: Graph, inputs: list[Any], options: Options, report: Repo
     report.after, report.ops_after = cost(graph, full), listing(graph)
     for state in graph.states.values():
         state.exact = None
-    return graph
+    same = report.check.float64_error <= options.float64_limit and not truth.random
+    if not same or not all(map(_as_large, inputs, full)):
+        truth = Truth(graph, _telling(full))
+    return graph, truth
+
+
+def _as_large(sample: Any, given: Any) -> bool:
+    return not isinstance(given, torch.Tensor) or sample.shape == given.shape
+
+
+def _telling(inputs: list[Any]) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [telling(one, generator) for one in inputs]
 
 
 def _sample(graph: Graph, inputs: list[Any]) -> list[Any]:
     """What to check on: the example inputs, cut to two rows (or what the model needs at least) where
     the batch is dynamic, which is enough to decide meaning."""
-    generator = torch.Generator().manual_seed(0)
     batches = [_batch(node) for node in graph.inputs]
     symbols = {str(batch) for batch in batches if batch is not None}
     one_batch = len(symbols) == 1 and not _moves(graph, *symbols)
@@ -245,8 +274,8 @@ def _sample(graph: Graph, inputs: list[Any]) -> list[Any]:
     for batch, given in zip(batches, inputs, strict=True):
         if isinstance(given, torch.Tensor) and batch is not None and one_batch:
             given = given[: max(2, least(batch))]
-        sample.append(telling(given, generator))
-    return sample
+        sample.append(given)
+    return _telling(sample)
 
 
 def least(size: Any) -> int:
@@ -280,67 +309,22 @@ def _batch(node: Any) -> Any:
     return value.shape[0] if dynamic and not isinstance(value.shape[0], int) else None
 
 
-def _lower(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, report: Report
-) -> Any:
-    """The callable of the backend asked for, checked on the inputs; eager, with a note, if none is
-    good. What it says of itself, the lines `remarks` that some have, goes to the report."""
+def _lower(module: fx.GraphModule, truth: Truth, options: Options, report: Report) -> Any:
+    """The callable of the backend asked for, checked on the inputs; eager, with a note, if none is good."""
     if options.backend == "eager":
         return module
-    names = backends.candidates() if options.backend == "auto" else [backends.find(options.backend)]
+    in_spec: Any = module._in_spec
+    args, kwargs = pytree.tree_unflatten(truth.inputs, in_spec)
     trainable = options.mode != "deploy"
-
-    def call(run: Any) -> list[Any]:
-        inputs = clone_inputs(args, kwargs)
-        return pytree.tree_leaves(run(*inputs[0], **inputs[1]))
-
-    with untouched(module):
-        reference = call(module)
-    good = []
-    for backend in names:
-        options.say(f"compiling with {backend.name}")
-        start = time.perf_counter()
-        try:
-            run = backend.lower(module, trainable)
-            with untouched(module):
-                error = relative_error(call(run), reference)
-        except Exception as failure:
-            reason = first_line(failure)
-            report.backend_notes.append(f"{backend.name}: failed: {reason}")
-            continue
-        seconds = time.perf_counter() - start
-        limit = _backend_limit(reference)
-        if not error <= limit:
-            report.backend_notes.append(
-                f"{backend.name}: not used: its outputs differ by {error:.1e} (limit {limit:.0e})"
-            )
-            continue
-        good.append((backend, run))
-        report.backend_table.append(
-            {"backend": backend.name, "compile s": round(seconds, 2), "difference": f"{error:.1e}"}
-        )
-    if not good:
-        report.backend = "eager"
-        report.backend_notes.append("running eager")
-        return module
+    task = auto.Task(module, args, kwargs, trainable, truth.judge, options.say)
     if options.backend == "auto":
-        ranked = backends.choose(good, call)
-        for row in report.backend_table:
-            row["ms"] = next(
-                round(1e3 * seconds, 3) for one, seconds in ranked if one.name == row["backend"]
-            )
-        report.backend = ranked[0][0].name
-    run = next(run for backend, run in good if backend.name == report.backend)
-    remarks = getattr(run, "remarks", ())
-    report.backend_notes += [f"{report.backend}: {one}" for one in remarks]
-    return run
-
-
-def _backend_limit(outputs: list[Any]) -> float:
-    """A compiled model reorders sums: allow a generous multiple of the dtype's rounding."""
-    eps = [torch.finfo(one.dtype).eps for one in outputs
-           if isinstance(one, torch.Tensor) and one.dtype.is_floating_point]  # fmt: skip
-    return 1e4 * max(eps, default=0.0)
+        choice = auto.choose(task, backends.candidates(), options.tuning)
+    else:
+        choice = auto.build(task, backends.find(options.backend))
+    report.backend = choice.backend
+    report.backend_table = [row.data() for row in choice.rows]
+    report.backend_notes += choice.notes
+    return choice.run
 
 
 __all__ = ["MODES", "Record", "declared_inputs", "optimize"]

@@ -31,11 +31,12 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Proofs are made once in a session and never taken from an earlier one."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Proofs and choices of backends are made once in a session and never taken from an earlier one."""
+    names = ("XDG_CACHE_HOME", "GRAPHOPT_CACHE_DIR")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    for name in names:
+        os.environ[name] = str(tmp_path_factory.mktemp("cache"))
     yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+    for name in names:
+        del os.environ[name]
+    os.environ.update(before)

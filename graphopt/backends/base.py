@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 Runnable = Callable[..., Any]
@@ -18,10 +15,11 @@ Runnable = Callable[..., Any]
 _HOMES = {
     "eager": "graphopt.backends.eager",
     "prepacked": "graphopt.backends.prepacked",
-    "inductor": "graphopt.backends.inductor",
     "triton": "graphopt.backends.triton",
-}
-ROUNDS = 5
+    "openvino": "graphopt.backends.openvino",
+    "onnxruntime": "graphopt.backends.onnxruntime",
+    "inductor": "graphopt.backends.inductor",
+}  # simple ones first: in that order "auto" builds them, and prefers them where they are as fast
 
 
 class BackendError(ValueError):
@@ -34,13 +32,20 @@ class Backend:
 
     `lower(module, trainable)` returns a callable with the module's signature; lines of text that it
     has as `remarks` go into the report. `missing()` says why the backend cannot run here, or returns "";
-    `worth_timing()` whether "auto" tries it.
+    `worth_timing()` whether "auto" tries it; `build_seconds` is what building is expected to take: a
+    constant, and so much for every op.
     """
 
     name: str
     lower: Callable[[fx.GraphModule, bool], Runnable]
     missing: Callable[[], str] = lambda: ""
     worth_timing: Callable[[], bool] = lambda: True
+    build_seconds: tuple[float, float] = (2.0, 0.05)
+
+    def expected_build(self, ops: int) -> float:
+        """Seconds to build a graph of so many ops."""
+        constant, per_op = self.build_seconds
+        return constant + per_op * ops
 
     def lower_again(self, report: Any) -> Callable[[fx.GraphModule], Runnable]:
         """`lower` for a module that was optimized before, with the mode its report tells."""
@@ -65,7 +70,7 @@ def find(name: str) -> Backend:
 
 
 def candidates() -> list[Backend]:
-    """Every backend that can run here and may be the fastest."""
+    """Every backend that can run here and may be the fastest, the simple ones first."""
     found = []
     for name in _HOMES:
         try:
@@ -73,20 +78,3 @@ def candidates() -> list[Backend]:
         except BackendError:
             continue
     return [backend for backend in found if backend.worth_timing()]
-
-
-def choose(
-    lowered: Sequence[tuple[Backend, Runnable]], call: Callable[[Runnable], Any]
-) -> list[tuple[Backend, float]]:
-    """Median seconds per call of each candidate, rounds interleaved, fastest first."""
-    times: dict[str, list[float]] = {backend.name: [] for backend, _ in lowered}
-    with torch.no_grad():
-        for _, run in lowered:
-            call(run)
-        for _ in range(ROUNDS):
-            for backend, run in lowered:
-                start = time.perf_counter()
-                call(run)
-                times[backend.name].append(time.perf_counter() - start)
-    ranked = [(backend, statistics.median(times[backend.name])) for backend, _ in lowered]
-    return sorted(ranked, key=lambda one: one[1])

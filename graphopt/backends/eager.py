@@ -13,4 +13,4 @@ def lower(module: fx.GraphModule, trainable: bool) -> Any:
     return module
 
 
-BACKEND = Backend("eager", lower)
+BACKEND = Backend("eager", lower, build_seconds=(0.0, 0.0))

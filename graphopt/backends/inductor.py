@@ -1,25 +1,26 @@
 """torch.compile, with frozen weights for inference where that is safe.
 
-Freezing folds constants into convolutions and, on a transposed one with as many input as output
-channels, scales the wrong axis (torch 2.13, `_inductor/fx_passes/binary_folding.py`: it never looks
-at `transposed`). A graph in which that could match is compiled without freezing.
+What it computes wrong, and how each such graph is compiled instead, is in `defects`.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import shutil
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._inductor import config
 
+from graphopt.backends import defects
 from graphopt.backends.base import Backend
+from graphopt.backends.frozen import Watch, on_cpu
 
-# Readers of a transposed convolution that do not decompose into arithmetic with constants.
-_HARMLESS = {"relu", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-             "conv_transpose3d", "convolution", "cat", "reshape", "permute", "max_pool2d"}  # fmt: skip
+FREEZINGS = 3  # of one module whose weights change
+aten = torch.ops.aten
 
 
 def missing() -> str:
@@ -28,40 +29,99 @@ def missing() -> str:
     return "no C++ compiler on the path"
 
 
-def may_freeze(module: fx.GraphModule) -> bool:
-    """Whether no reader of a transposed convolution could be folded into it."""
-    return all(
-        user.op == "output" or _name(user) in _HARMLESS
-        for node in module.graph.nodes
-        if "conv_transpose" in _name(node) or (_name(node) == "convolution" and node.args[6])
-        for user in node.users
-    )
+class Inductor:
+    """`module` as a callable, compiled on the first call: with its present weights as constants for calls
+    without gradients on a CPU, in general for all others and for weights that keep changing.
 
+    Freezing is asked for by the setting, not by `options` of torch.compile: those do not reach Dynamo, which
+    then passes the weights as inputs, and nothing is frozen (torch 2.13).
+    """
 
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.removeprefix("aten::") if schema is not None else ""
+    def __init__(self, module: fx.GraphModule, freeze: bool) -> None:
+        self.module = module
+        self.freezings = FREEZINGS if freeze else 0  # left
+        self._general: Any = torch.compile(program(module))
+        self._frozen: Any = None
+        self._compiled: set[Any] = set()  # kinds of inputs that frozen code is there for
+        self._seen = Watch()
+        in_spec: Any = module._in_spec
+        args_spec, kwargs_spec = in_spec.children()
+        self._flat = not kwargs_spec.context and all(one.is_leaf() for one in args_spec.children())
 
-
-def lower(module: fx.GraphModule, trainable: bool) -> Any:
-    """Compiled lazily, on the first call. Frozen code serves calls without gradients only."""
-    function = plain(module).forward
-    general = torch.compile(function)
-    frozen = None
-    if not trainable and may_freeze(module):
-        frozen = torch.compile(function, options={"freezing": True})
-    in_spec: Any = module._in_spec
-    out_spec: Any = module._out_spec
-    args_spec, kwargs_spec = in_spec.children()
-    flat = not kwargs_spec.context and all(one.is_leaf() for one in args_spec.children())
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        leaves = args if flat else pytree.tree_leaves((args, kwargs))
-        compiled = general if frozen is None or torch.is_grad_enabled() else frozen
-        found = compiled(*leaves)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = args if self._flat else pytree.tree_leaves((args, kwargs))
+        if torch.is_grad_enabled() or not self._is_frozen() or not all(map(on_cpu, leaves)):
+            found = self._general(*leaves)
+        else:
+            kind = (torch.get_num_threads(), *map(_kind, leaves))  # what Dynamo compiles anew for
+            if kind in self._compiled:
+                found = self._frozen(*leaves)
+            else:
+                with config.patch(freezing=True):  # type: ignore[no-untyped-call]
+                    found = self._frozen(*leaves)
+                self._compiled.add(kind)
+        out_spec: Any = self.module._out_spec
         return found[0] if out_spec.is_leaf() else pytree.tree_unflatten(found, out_spec)
 
-    return run
+    def _is_frozen(self) -> bool:
+        """Whether there is a program of the weights as they are, making one if there is reason to."""
+        if self._frozen is None or not self._seen.unchanged():
+            self._frozen = None
+            if self.freezings == 0:
+                return False
+            self.freezings -= 1
+            states = {str(one.target) for one in self.module.graph.nodes if one.op == "get_attr"}
+            self._seen = Watch(self.module, states)
+            self._frozen = torch.compile(program(self.module))
+            self._compiled.clear()
+        return True
+
+
+def _kind(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.shape, leaf.dtype, leaf.stride() if leaf.layout == torch.strided else leaf.layout
+
+
+def lower(module: fx.GraphModule, trainable: bool) -> Inductor:
+    """Compiled lazily. What can be trained is not frozen."""
+    frozen_wrong = "frozen transposed convolution" in defects.hits("inductor", module)
+    return Inductor(module, freeze=not trainable and not frozen_wrong)
+
+
+def program(module: fx.GraphModule) -> Any:
+    """`module` from leaves to a tuple of leaves, as a function that can be compiled."""
+    twin = plain(module)
+    if "extremes of bytes" in defects.hits("inductor", module):
+        widen(twin)
+    return twin.forward
+
+
+def widen(module: fx.GraphModule) -> None:
+    """Compute the least and greatest of bytes in int32, in place: that is exact."""
+    graph = module.graph
+    for node in defects.extremes_of_bytes(module):
+        (given,) = node.all_input_nodes
+        dtype = getattr(torch, given.meta["type"]["dtype"])
+        with graph.inserting_before(node):
+            node.replace_input_with(given, graph.call_function(aten.to.dtype, (given, torch.int32)))
+        for value in _extremes(node):
+            users = list(value.users)
+            with graph.inserting_after(value):
+                narrow = graph.call_function(aten.to.dtype, (value, dtype))
+            for user in users:
+                user.replace_input_with(value, narrow)
+    module.recompile()
+
+
+def _extremes(node: fx.Node) -> list[fx.Node]:
+    """The values of a node that are extremes; the rest are places."""
+    name = defects.op_name(node)
+    if name in ("argmin", "argmax"):
+        return []
+    if all(user.target is operator.getitem for user in node.users):
+        return [user for user in node.users if name == "aminmax" or user.args[1] == 0]
+    return [node]
 
 
 def plain(module: fx.GraphModule) -> fx.GraphModule:
@@ -77,4 +137,4 @@ def plain(module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-BACKEND = Backend("inductor", lower, missing)
+BACKEND = Backend("inductor", lower, missing, build_seconds=(8.0, 0.35))

@@ -11,15 +11,14 @@ module itself, whose parameters stay beside the reordered ones; once they are ch
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphopt.backends.base import Backend
+from graphopt.backends.frozen import Frozen, state
 from graphopt.backends.inductor import plain
 from graphopt.ir.source import clone_inputs, untouched
 
@@ -51,41 +50,29 @@ def missing() -> str:
     return "" if torch.backends.mkldnn.enabled else "oneDNN is switched off"
 
 
-class Prepacked:
+class Packed:
+    """The program of a module on packed weights, for inputs of any size."""
+
+    def __init__(self, module: fx.GraphModule, leaves: list[Any]) -> None:
+        self.program, self.weights = pack(module, leaves)
+        self.remarks = [f"{len(self.weights)} convolutions and linear maps on packed weights"]
+
+    def fits(self, leaves: list[Any]) -> bool:
+        return True
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        return self.program(*leaves)
+
+
+class Prepacked(Frozen):
     """`module` as a callable; `packed` is the program, once it is called."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.packed: fx.GraphModule | None = None
-        self.remarks: list[str] = []
-        self._packed_from: list[tuple[str, Tensor, int]] = []
+        super().__init__(module, Packed)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        empty = any(isinstance(one, Tensor) and not one.numel() for one in leaves)
-        if torch.is_grad_enabled() or empty:
-            return self.module(*args, **kwargs)
-        if self.packed is None or not all(map(self._current, self._packed_from)):
-            self.packed, names = pack(self.module, leaves)
-            weights = [(name, _state(self.module, name)) for name in names]
-            self._packed_from = [(name, one, _version(one)) for name, one in weights]
-            self.remarks[:] = [f"{len(names)} convolutions and linear maps on packed weights"]
-        out_spec: Any = self.module._out_spec
-        return pytree.tree_unflatten(self.packed(*leaves), out_spec)
-
-    def _current(self, packed: tuple[str, Tensor, int]) -> bool:
-        """Whether a weight is the tensor that was packed, and was not written to since."""
-        name, tensor, version = packed
-        found = _state(self.module, name)
-        return found is tensor and _version(found) == version
-
-
-def _state(module: fx.GraphModule, name: str) -> Tensor:
-    return operator.attrgetter(name)(module)  # type: ignore[no-any-return]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    @property
+    def packed(self) -> fx.GraphModule | None:
+        return next((one.program for one in self.programs if isinstance(one, Packed)), None)
 
 
 def lower(module: fx.GraphModule, trainable: bool) -> Callable[..., Any]:
@@ -149,7 +136,7 @@ class _Packer:
         """The tensor of a parameter that can be packed."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        tensor = _state(self.program, str(node.target))
+        tensor = state(self.program, str(node.target))
         fits = tensor.dtype in DTYPES and tensor.device.type == "cpu"
         return tensor.detach() if fits and tensor.layout == torch.strided else None
 

@@ -173,12 +173,32 @@ def _lines(report: Report) -> list[str]:
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.passes)
     lines.append(f"  seconds    {spent or '-'}; validation {report.validation_seconds:.2f}")
     lines += [f"  backend    {note}" for note in report.backend_notes]
-    for row in report.backend_table:
-        lines.append("             " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    lines += [f"             {line}" for line in _table(report.backend_table)]
     for path, region in report.regions.items():
         lines.append(f"region {path}:")
         lines += [f"  {line}" for line in _lines(region)[2:]]
     return lines
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as aligned columns, those that nobody has a value in left out, a star before what was chosen;
+    what the notes of the report say too is not repeated."""
+    columns = [key for key in (rows[0] if rows else ()) if key not in ("chosen", "note")]
+    columns = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    stars = ["", *("*" if row.get("chosen") else "" for row in rows)]
+    return [
+        f"{star:<2}{line[0]:<{widths[0]}}" + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for star, line in zip(stars, cells, strict=True)
+    ] if rows else []  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _si(number: float) -> str:

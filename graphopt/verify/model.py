@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,15 +43,19 @@ class ModelCheck:
 
 
 @torch.no_grad()
-def check_model(source: Graph, result: Graph, inputs: Sequence[Any], limit: float) -> ModelCheck:
-    """Run both graphs on `inputs`, lifted and as they are."""
+def check_model(
+    source: Graph, result: Graph, inputs: Sequence[Any], limit: float,
+    exact: Callable[[], Sequence[Any]] | None = None,
+) -> ModelCheck:  # fmt: skip
+    """Run both graphs on `inputs`, lifted and as they are; `exact()` gives the lifted source's outputs, if
+    the caller has use for them too."""
 
     def run(graph: Graph, lifted: bool) -> tuple[Any, ...]:
         copies = [one.clone() if isinstance(one, torch.Tensor) else one for one in inputs]
         return Interpreter(graph, lifted=lifted, writes=False).run(copies)
 
     try:
-        truth = run(source, True)
+        truth = run(source, True) if exact is None else exact()
         meaning = relative_error(run(result, True), truth)
         before = relative_error(run(source, False), truth)
         after = relative_error(run(result, False), truth)

@@ -38,7 +38,7 @@ def test_transposed_convolutions_are_right(model, passes):
     x = torch.randn(2, 4, 6, 6)
     fast = graphopt.optimize(model, (x,), passes=passes, backend="inductor")
     assert fast.report.backend == "inductor"
-    assert inductor.may_freeze(fast.graph_module) == (passes == "deploy")
+    assert bool(inductor.lower(fast.graph_module, False).freezings) == (passes == "deploy")
     for rows in (2, 3):
         x = torch.randn(rows, 4, 6, 6)
         with torch.no_grad():
@@ -52,13 +52,6 @@ def test_gradients_flow_through_a_deployed_model(model):
     fast(x).sum().backward()
     expected = torch.autograd.grad(model(x).sum(), x)[0]
     assert torch.allclose(x.grad, expected, atol=1e-4)
-
-
-def test_auto_measures_and_keeps_the_fastest():
-    fast = graphopt.optimize(nn.Linear(4, 4), (torch.randn(2, 4),), backend="auto")
-    table = {row["backend"]: row["ms"] for row in fast.report.backend_table}
-    assert set(table) >= {"eager"}
-    assert fast.report.backend == min(table, key=table.get)
 
 
 def test_a_backend_that_fails_or_lies_is_not_used(monkeypatch):
