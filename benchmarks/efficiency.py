@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks.frozen import frozen
 from graphopt.ir.cost import TABLE
 
 # kind -> (module, input shape)
@@ -56,7 +57,7 @@ def measure(backend: str, device: str) -> dict[str, Any]:
         module = module.to(device).eval() if isinstance(module, nn.Module) else module
         if backend == "inductor":
             torch._dynamo.reset()
-            module = torch.compile(module, options={"freezing": True})
+            module = frozen(module)
         x = torch.randn(*shape, device=device)
         with torch.no_grad():
             return seconds(lambda: module(x), synchronize)

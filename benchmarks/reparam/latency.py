@@ -27,6 +27,7 @@ import typer
 from torch import nn
 
 import graphopt
+from benchmarks.frozen import frozen
 from benchmarks.reparam.models import forms
 from benchmarks.reparam.row import Latency
 
@@ -90,7 +91,7 @@ def optimized(model: nn.Module, x: torch.Tensor, backend: str) -> Side:
 def compiled(model: nn.Module, backend: str) -> Side:
     if backend == "eager":
         return model
-    return torch.compile(model, options={"freezing": True})  # type: ignore[no-any-return]
+    return frozen(model)
 
 
 @torch.no_grad()

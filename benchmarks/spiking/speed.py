@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.frozen import frozen
 
 OUTER = re.compile(
     r"= (?:extern_kernels|torch\.ops\.(?:aten|mkldnn|mkl)\.|aten)[._]|^\s+extern_kernels\.",
@@ -97,8 +98,7 @@ def _made(way: str, model: nn.Module, x: Tensor, passes: str | None) -> Callable
     elif way == "eager":
         one = model
     else:
-        options: Any = {"freezing": True} if way == "frozen" else None
-        one = torch.compile(copy.deepcopy(model), options=options)
+        one = (frozen if way == "frozen" else torch.compile)(copy.deepcopy(model))
     one(x)
     return one  # type: ignore[no-any-return]
 

@@ -1,0 +1,1 @@
+"""Every backend of graphopt beside its peers, on the models that people deploy."""
