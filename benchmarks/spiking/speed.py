@@ -25,7 +25,7 @@ OUTER = re.compile(
     re.MULTILINE,
 )
 KERNEL = re.compile(r"^\s+(?:cpp_fused_\w*\(|triton_\w*\.run\()", re.MULTILINE)
-WAYS = ("eager", "compiled", "frozen", "ours eager", "ours inductor")
+WAYS = ("eager", "compiled", "frozen", "ours eager", "ours prepacked", "ours inductor")
 FEW = tuple(one for one in WAYS if one != "frozen")
 
 
