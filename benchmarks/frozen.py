@@ -12,9 +12,10 @@ def frozen(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`model` compiled with its weights as constants, for calls without gradients.
 
     As an option of torch.compile, freezing does nothing (torch 2.13): Dynamo has to see it too, whenever
-    it compiles, as it does anew for another number of threads.
+    it compiles, as it does anew for another number of threads. The option tells the code apart from that
+    of the same model without.
     """
-    compiled = torch.compile(model, options=options)
+    compiled = torch.compile(model, options={"freezing": True, **options})
     ready: set[Any] = set()
 
     def run(*args: torch.Tensor) -> Any:

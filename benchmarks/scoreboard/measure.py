@@ -87,7 +87,6 @@ def measure(
     say(gflop=1e-9 * counter.get_total_flops(), peak=peak_rate())
     built: dict[str, sides.Run] = {}
     for name in only or sides.SIDES:
-        torch._dynamo.reset()
         before = peak_memory(reset=True)
         start = time.perf_counter()
         try:

@@ -64,7 +64,6 @@ def measure(
     expected: Tensor | None = None
     with torch.no_grad():
         for way in ways:
-            torch._dynamo.reset()
             start = time.perf_counter()
             try:
                 one, codes = run_and_get_code(lambda way=way: _made(way, model, x, passes))
