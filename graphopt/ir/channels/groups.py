@@ -189,7 +189,7 @@ class _Places:
         self.axes: list[
             tuple[str, int, Vector, Vector]
         ] = []  # name, axis, entries by label, starts
-        label, where, number, size = [], [], [], []
+        label, where, number, count, size = [], [], [], [], []
         for name, labels in states.items():
             elements = int(np.prod(labels.shape))
             for axis, layers in labels.axes.items():
@@ -200,14 +200,16 @@ class _Places:
                     label.append(values)
                     where.append(np.full(len(values), len(self.axes)))
                     number.append(np.arange(len(values)))
-                    size.append(elements // labels.shape[axis] * np.diff(ends))
+                    count.append(np.diff(ends))
+                    size.append(elements // labels.shape[axis] * count[-1])
                     self.axes.append((name, axis, order, ends))
         empty = [np.zeros(0, dtype=np.int64)]
         found = np.concatenate(label or empty)
         order = np.argsort(found, kind="stable")
         order = order[found[order] != FIXED]
-        self.where, self.number = (np.concatenate(one or empty)[order] for one in (where, number))
-        self.size = np.concatenate(size or empty)[order]
+        self.where, self.number, self.count, self.size = (
+            np.concatenate(one or empty)[order] for one in (where, number, count, size)
+        )
         self.labels, starts = np.unique(found[order], return_index=True)
         self.starts = np.append(starts, len(order))
 
@@ -228,15 +230,20 @@ class _Places:
         """Labels of each family with their numbers of elements."""
         if not len(self.labels):
             return []
-        counts = np.array([self.axes[where][3][number + 1] - self.axes[where][3][number]
-                           for where, number in zip(self.where, self.number, strict=True)])  # fmt: skip
-        kinds = np.stack([self.where, counts], 1)
+        kinds = np.unique(np.stack([self.where, self.count], 1), axis=0, return_inverse=True)[1]
         sizes = np.add.reduceat(self.size, self.starts[:-1])
-        found: dict[bytes, list[tuple[int, int]]] = {}
-        for i, label in enumerate(self.labels.tolist()):
-            key = kinds[self.starts[i] : self.starts[i + 1]].tobytes()
-            found.setdefault(key, []).append((label, int(sizes[i])))
-        return list(found.values())
+        lengths = np.diff(self.starts)
+        found: list[Vector] = []
+        for length in np.unique(lengths):
+            these = np.flatnonzero(lengths == length)
+            rows = kinds[self.starts[these][:, None] + np.arange(length)]
+            family = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+            order = np.argsort(family, kind="stable")
+            found += np.split(these[order], np.flatnonzero(np.diff(family[order])) + 1)
+        found.sort(key=lambda one: int(one[0]))
+        return [
+            list(zip(self.labels[one].tolist(), sizes[one].tolist(), strict=True)) for one in found
+        ]
 
 
 def _kept(labels: Labels, lost: NDArray[np.bool_]) -> dict[int, Vector]:
