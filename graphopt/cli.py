@@ -100,6 +100,10 @@ def optimize(
         str,
         typer.Option(help="eager, prepacked, openvino, onnxruntime, inductor, triton, or auto."),
     ] = "eager",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="bf16: weights and activations; measured, see docs/precision.md."),
+    ] = None,
     tune_seconds: Annotated[
         float, typer.Option(min=0, help="What backend auto may spend on building and measuring.")
     ] = 60.0,
@@ -116,10 +120,12 @@ def optimize(
     with Console(stderr=True).status("loading torch") as status, _one_line(source):
         import graphopt
         from graphopt.backends.base import find
+        from graphopt.optimize import at_precision
         from graphopt.report.story import modules_of, spellings
 
-        pipeline = graphopt.Pipeline(mode if passes is None else passes)
         _check_mode(mode)
+        pipeline = graphopt.Pipeline(mode if passes is None else passes)
+        pipeline = at_precision(pipeline, precision, mode)
         if backend != "auto":
             find(backend)
         if output is not None and output.exists() and not (output / "manifest.json").is_file():

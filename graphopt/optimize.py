@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +23,12 @@ from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.module import OptimizedModule, build
+from graphopt.passes.lower_precision import DTYPES
 from graphopt.pipeline import Pipeline
 from graphopt.regional import optimize_regions
 from graphopt.report import Capture, Report, listing, modules_of
 from graphopt.verify import SiteValidator, check_model
-from graphopt.verify.truth import Truth
+from graphopt.verify.truth import FACTOR, Truth
 
 MODES = ("deploy", "tune")
 Progress = Callable[[str], None]
@@ -80,6 +82,7 @@ def optimize(
     progress: Progress | None = None,
     tune_seconds: float = 60.0,
     tune_cache: bool = True,
+    precision: str | None = None,
 ) -> OptimizedModule:
     """An optimized copy of `model`; the model itself is not changed.
 
@@ -106,6 +109,8 @@ def optimize(
         tune_seconds: what backend "auto" may spend on building and measuring others than "prepacked"
             (else "eager"); 0 takes that one at once.
         tune_cache: False neither uses nor keeps choices of backend "auto".
+        precision: "bf16" computes in bfloat16 what takes the time, where the outputs stay within 5% of
+            the float64 ones; see docs/precision.md. None keeps the dtypes of the model.
 
     Returns:
         An `OptimizedModule`; its `report` says what was done and why not more.
@@ -113,7 +118,7 @@ def optimize(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, unknown modes, passes, backends.
     """
-    pipeline = pipeline_of(mode, passes)
+    pipeline = at_precision(pipeline_of(mode, passes), precision, mode)
     if backend != "auto":
         backends.find(backend)
     if bisect_limit is not None and bisect_limit < 0:
@@ -132,6 +137,27 @@ def pipeline_of(mode: str, passes: str | Pipeline | Iterable[Any] | None) -> Pip
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     return passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
+
+
+def at_precision(pipeline: Pipeline, precision: str | None, mode: str) -> Pipeline:
+    """`pipeline`, then `lower-precision` if one is asked for."""
+    if precision is None:
+        return pipeline
+    if precision not in DTYPES:
+        near = difflib.get_close_matches(str(precision), DTYPES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown precision {precision!r}{hint} (expected None or {', '.join(map(repr, DTYPES))})"
+        )
+    if mode == "tune":
+        raise ValueError(
+            f"precision={precision!r} rounds weights, expected mode='deploy', found mode='tune', "
+            "which keeps them trainable"
+        )
+    lower = Pipeline(f"lower-precision{{dtype={precision}}}")
+    lower.stages = pipeline.stages + lower.stages
+    lower.text = f"{pipeline.text},{lower.text}"
+    return lower
 
 
 def unchecked(graph: Graph, inputs: Sequence[Any]) -> None:
@@ -250,7 +276,9 @@ def run_pipeline(
     for state in graph.states.values():
         state.exact = None
     same = report.check.float64_error <= options.float64_limit and not truth.random
-    if not same or not all(map(_as_large, inputs, full)):
+    # What rounds more than the source is judged by its own rounding from here on.
+    coarser = report.check.error > FACTOR * report.check.source_error
+    if not same or coarser or not all(map(_as_large, inputs, full)):
         truth = Truth(graph, _telling(full))
     return graph, truth
 

@@ -138,6 +138,7 @@ def test_torchvision_and_timm_by_name(here):
         (["mymodels:model", "--passes", "materialize{limit=x}"], ["limit expects int"]),
         (["mymodels:model", "--mode", "fast"], ["fast"]),
         (["mymodels:model", "--backend", "indcutor"], ["unknown backend", "inductor"]),
+        (["mymodels:model", "--precision", "bf15"], ["unknown precision", "bf16"]),
         (["mymodels:model", "-o", "mymodels.py"], ["mymodels.py", "not overwriting"]),
         (["mymodels:three", "--explain", "9"], ["no module '9'", "it has 0, 1, 2"]),
         (["mymodels:model", "--explain", "1", "--explain", "1.norm"], ["'1.norm'; 1 has none"]),

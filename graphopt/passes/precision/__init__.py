@@ -1,0 +1,1 @@
+"""What `lower-precision` is made of."""
