@@ -1,7 +1,7 @@
 """oneDNN's fused operators on weights that are reordered once; no code is generated.
 
     conv + bias + sum + activation     one call, channels last
-    linear + bias + activation         one call
+    linear + bias + activation         one call, matrices [in, out] (addmm, mm, matmul) too
 
 Built in about a second on the first call, when the sizes of the inputs are known; other sizes run on the
 same weights. What oneDNN does not do stays with the framework's own operators. Calls with gradients run the
@@ -26,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 VIEWS = (aten.view.default, aten._unsafe_view.default)
+RESHAPES = (*VIEWS, aten.reshape.default)
+PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,8 @@ class _Packer:
                 self._convolution(node)
             elif node.target is aten.linear.default:
                 self._linear(node)
+            elif node.target in PRODUCTS:
+                self._product(node)
         for node in self.graph.nodes:
             if node.target in VIEWS:  # of what may lie in another order now
                 node.target = aten.reshape.default
@@ -144,7 +148,7 @@ class _Packer:
         name = f"_packed_{len(self.names)}"
         self.names.append(str(weight.target))
         setattr(self.program, name, tensor)
-        return self.graph.get_attr(name)
+        return self.graph.create_node("get_attr", name)
 
     def _convolution(self, node: fx.Node) -> None:
         given = _arguments(node)
@@ -193,19 +197,57 @@ class _Packer:
 
     def _linear(self, node: fx.Node) -> None:
         given = _arguments(node)
-        weight, kind = self._weight(given["weight"]), self.kinds.get(given["input"])
-        if weight is None or kind is None or kind[1] != weight.dtype or 0 in kind[0]:
+        weight = self._weight(given["weight"])
+        if weight is not None:
+            self._map(node, given["input"], given["weight"], weight, given["bias"])
+
+    def _product(self, node: fx.Node) -> None:
+        """x W (+ b) for a matrix W [in, out]. A sum behind it stays: measured, oneDNN adds no faster."""
+        given = _arguments(node)
+        found = given.get("mat2", given.get("other"))
+        source = given.get("mat1", given["self"])
+        weight = self._weight(found)
+        bias = given["self"] if node.target is aten.addmm.default else None
+        if weight is None or weight.ndim != 2 or found is None:
             return
+        if bias is not None:
+            shape = self.kinds[bias][0] if bias in self.kinds else None
+            if shape != weight.shape[1:] or (given["beta"], given["alpha"]) != (1, 1):
+                return
+        self._map(node, source, found, weight.t().contiguous(), bias)
+
+    def _map(
+        self, node: fx.Node, source: fx.Node, name: fx.Node, weight: Tensor, bias: fx.Node | None
+    ) -> None:
+        """`source` times the transpose of `weight` `[out, in]`, which `name` is."""
+        kind = self.kinds.get(source)
+        if kind is None or kind[1] != weight.dtype or 0 in kind[0]:
+            return
+        view = _only_user(node)
+        behind = _only_user(view) if view is not None and view.target in RESHAPES else None
+        if view is not None and behind is not None and _unary(behind) is not None:
+            self._swap(view, behind)
         last, activation, _ = self._followed(node, sums=False)
         rows = kind[0][:-1].numel()
         with self.graph.inserting_before(last):
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             new = self.graph.call_function(
                 torch.ops.mkldnn._linear_pointwise.default,
-                (given["input"], self._kept(reordered, given["weight"]), given["bias"], activation.name,
+                (source, self._kept(reordered, name), bias, activation.name,
                  list(activation.scalars), activation.algorithm),
             )  # fmt: skip
         self._replace(last, new)
+
+    def _swap(self, view: fx.Node, behind: fx.Node) -> None:
+        """The activation of a reshaped value becomes the reshaped activation."""
+        (inner,) = view.all_input_nodes[:1]
+        behind.replace_all_uses_with(view)
+        behind.replace_input_with(view, inner)
+        view.replace_input_with(inner, behind)
+        view.prepend(behind)
+        self.kinds.pop(behind, None)
+        if inner in self.kinds:
+            self.kinds[behind] = self.kinds[inner]
 
     def _replace(self, last: fx.Node, new: fx.Node) -> None:
         if last in self.kinds:

@@ -54,6 +54,7 @@ class Region:
     def labels(self, value: Value) -> Labels:
         """The labels of a value that depends on the start."""
         if value == self.start:
+            self.rw.match(self.start.dtype.is_floating_point)  # others are looked up in a table
             return self.tokens if self.channels else (*self.tokens[:-1], *(INSIDE,) * self.inside)
         if value.node not in self.steps:
             op = value.op

@@ -57,6 +57,61 @@ def test_the_activation_is_part_of_the_call(name):
     assert run_by(optimized(linear, torch.randn(IMAGE))) == ["_linear_pointwise.default"]
 
 
+PRODUCTS = {
+    "addmm": lambda net, x: torch.addmm(net.b, x.view(-1, 9), net.w).view(2, 4, 9, 5),
+    "mm": lambda net, x: torch.mm(x.view(-1, 9), net.w).view(2, 4, 9, 5),
+    "matmul": lambda net, x: x @ net.w,
+}
+
+
+@pytest.mark.parametrize("activation", [None, "gelu by tanh", "relu", "clamp"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrices_from_input_to_output_are_packed(name, activation):
+    """As GPT-2 spells its linear maps; a view between a map and its activation is no obstacle."""
+    behind = ACTIVATIONS.get(activation, lambda x: x)
+    model = Net(lambda net, x: behind(PRODUCTS[name](net, x)), w=nn.Parameter(torch.randn(9, 5)),
+                b=nn.Parameter(torch.randn(5)))  # fmt: skip
+    x = torch.randn(IMAGE)
+    fast = graphopt.optimize(model.eval(), (x,), passes="canonicalize", backend="prepacked")
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < LIMIT
+    found = [one for one in run_by(fast) if "view" not in one and "reshape" not in one]
+    assert found == ["_linear_pointwise.default"]
+
+
+STAYS = {
+    "twice the bias": lambda net, x: torch.addmm(net.b, x[0, 0], net.w, beta=2),
+    "half the product": lambda net, x: torch.addmm(net.b, x[0, 0], net.w, alpha=0.5),
+    "a bias per row": lambda net, x: torch.addmm(x[0, 0, :, :5], x[0, 0], net.w),
+    "a stack of matrices": lambda net, x: x @ net.w.expand(4, 9, 5),
+    "a vector": lambda net, x: x @ net.b.repeat(2)[:9],
+    "on the left": lambda net, x: net.w.mT @ x,
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_other_products_stay(name):
+    model = Net(STAYS[name], w=nn.Parameter(torch.randn(9, 5)), b=nn.Parameter(torch.randn(5)))
+    x = torch.randn(IMAGE)
+    fast = graphopt.optimize(model.eval(), (x,), passes="canonicalize", backend="prepacked")
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < LIMIT
+    assert "_linear_pointwise.default" not in run_by(fast)
+
+
+def test_a_map_that_is_read_before_its_activation_keeps_both():
+    def body(net, x):
+        y = (x @ net.w).view(2, -1, 5)
+        return F.relu(y), y.sin()
+
+    model, x = Net(body, w=nn.Parameter(torch.randn(9, 5))).eval(), torch.randn(IMAGE)
+    fast = graphopt.optimize(model, (x,), passes="canonicalize", backend="prepacked")
+    with torch.no_grad():
+        for found, truth in zip(fast(x), model(x), strict=True):
+            assert relative_error(found, truth) < LIMIT
+    assert {"_linear_pointwise.default", "aten.relu.default"} <= set(run_by(fast))
+
+
 @pytest.mark.parametrize("options", [
     {"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}, {"groups": 4, "bias": False},
     {"padding": "same"}, {"padding": "valid", "stride": (1, 2)}, {"padding": (0, 2)},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from tests.helpers import optimized
+from tests.helpers import Net, optimized, tensor
 from tests.passes.test_not_exact import acting
 
 SIZE = 24
@@ -170,3 +170,15 @@ def test_heads_that_are_joined_are_one_token() -> None:
         assert fast.report.rolled_back == []
         assert torch.allclose(fast(x), model(x), atol=1e-13)
         assert acting(fast) == ["sin", "transpose", "reshape", "linear", "relu"]
+
+
+def test_integers_are_looked_up_and_nothing_else() -> None:
+    """A padding mask of integers is affine arithmetic, but it has no features that a map could mix."""
+    net = Net(
+        lambda net, x, keep: (x @ net.w) + ((1.0 - keep[:, None, :]) * -9.0).expand(-1, x.shape[1], -1),
+        w=nn.Parameter(tensor(4, 5)),
+    )  # fmt: skip
+    fast = graphopt.optimize(
+        net.eval(), (tensor(2, 3, 4), torch.tensor([[1] * 5, [0, 1, 1, 0, 1]]))
+    )
+    assert fast.report.rolled_back == []

@@ -294,22 +294,26 @@ class Attention(Op):
         return 2.0 * numel(self.query) * hint(self.key.shape[-2]) * 2
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        """Weights p of scores s vary by p (ds - sum(p ds)), at most 2 p max |ds|."""
+        """Weights p of scores s vary by p (ds - sum(p ds)): where a mask leaves none, by none."""
         if self.dropout_p:
             return None
         scale = hint(self.query.shape[-1]) ** -0.5 if self.scale is None else abs(self.scale)
-        key = magnitude(self.key).amax(-2, keepdim=True)
+        key, values = magnitude(self.key), magnitude(self.value)
         if self.enable_gqa:
-            key = key.repeat_interleave(hint(self.query.shape[-3]) // hint(key.shape[-3]), -3)
-        scores = (magnitude(self.query) * key).sum(-1, keepdim=True) * scale
+            repeats = hint(self.query.shape[-3]) // hint(key.shape[-3])
+            key, values = (one.repeat_interleave(repeats, -3) for one in (key, values))
+        scores = magnitude(self.query) @ key.mT * scale
         mask = None if self.attn_mask is None else value(self.attn_mask)
         if mask is not None and mask.is_floating_point():
-            scores = scores + torch.where(mask.isinf(), 0.0, mask.abs()).amax(-1, keepdim=True)
-        average = torch.nn.functional.scaled_dot_product_attention(
-            value(self.query), value(self.key), magnitude(self.value), mask, 0.0, self.is_causal,
+            scores = scores + torch.where(mask.isinf(), 0.0, magnitude(self.attn_mask))
+        one_hot = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
+        weights = torch.nn.functional.scaled_dot_product_attention(
+            value(self.query), value(self.key),
+            one_hot.expand(*value(self.key).shape[:-2], *one_hot.shape), mask, 0.0, self.is_causal,
             scale=self.scale, enable_gqa=self.enable_gqa,
         )  # fmt: skip
-        return average * (1 + 2 * scores)
+        average = weights * (1 + scores + (weights * scores).sum(-1, keepdim=True))
+        return average @ values
 
 
 @op("embedding.default")

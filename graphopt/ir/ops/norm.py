@@ -225,6 +225,7 @@ class Softmax(Op):
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
         y, a = run(value), magnitude(self.input)
+        a = torch.where(y == 0, 0.0, a)  # where a mask says minus infinity, too
         return y * (a + (y * a).sum(self.dim, keepdim=True) + 1)  # dy = y (dx - sum(y dx))
 
 

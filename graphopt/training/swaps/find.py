@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir import ops
+from graphopt.ir import attention, ops
 from graphopt.ir.affine import same, same_shape
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph
@@ -274,68 +274,42 @@ def _attention(op: Any) -> AttentionSite | None:
         elif op.enable_gqa:
             reason = "its queries share keys in groups"
         return AttentionSite(op.out.node, inputs, reason)
-    if isinstance(op, ops.Einsum):
-        if any(_weights(one) for one in op.tensors):
-            return AttentionSite(op.out.node, (), "it is written as an einsum")
+    found = attention.read(op)
+    if found is None:
         return None
-    chain = _weights(op.left) if isinstance(op, ops.Matmul) else []
-    if not chain:
-        return None
-    softmax: Any = chain[-1].op
-    product, reason = _scores(softmax.input)
-    if product is None:
-        return None
-    if softmax.dim % softmax.out.ndim != softmax.out.ndim - 1:
+    root, product, reason = found.root, found.product, ""
+    if isinstance(root, ops.Einsum):
+        return AttentionSite(root.out.node, (), "it is written as an einsum")
+    for step in found.steps:
+        reason = reason or _changed(step)
+    if isinstance(product, ops.Addmm):
+        reason = reason or _CHANGES["term"]
+    if not found.along_keys:
         reason = "its softmax is not along the keys"
-    elif any(len(one.users) > 1 for one in chain):
+    elif found.weights_shared:
         reason = "its weights are read elsewhere too"
-    elif not isinstance(product, ops.Matmul):
+    elif isinstance(product, ops.Einsum):
         reason = "its scores are written as an einsum"
-    elif product.left.ndim != op.out.ndim or product.right.ndim != op.right.ndim:
+    elif product.left.ndim != root.out.ndim or product.right.ndim != root.right.ndim:
         reason = "its weights are reshaped before they meet the values"
     if reason or not isinstance(product, ops.Matmul):
-        return AttentionSite(op.out.node, (), reason)
-    inputs = product.left.node, product.right.node, op.right.node
-    return AttentionSite(op.out.node, inputs, transposed=True)
+        return AttentionSite(root.out.node, (), reason)
+    inputs = product.left.node, product.right.node, root.right.node
+    return AttentionSite(root.out.node, inputs, transposed=True)
 
 
-def _weights(value: Value) -> list[Value]:
-    """A value and what it comes from, up to a softmax; empty if there is none."""
-    chain = [value]
-    while not isinstance(op := chain[-1].op, ops.Softmax):
-        idle = isinstance(op, ops.Dropout) and not op.train
-        if not (idle or isinstance(op, (ops.Cast, ops.Copy, ops.Expand, ops.Reshape))):
-            return []
-        chain.append(op.input)  # type: ignore[union-attr]
-    return chain
+def _changed(step: attention.Step) -> str:
+    """Why scores that were changed so are not q k^T times a positive number, empty if they are."""
+    if step.kind == "scale":
+        assert isinstance(step.operand, (int, float))
+        return "" if step.operand > 0 else "its scores change their sign"
+    return _CHANGES.get(step.kind, "")
 
 
-def _scores(value: Any) -> tuple[ops.Matmul | ops.Einsum | None, str]:
-    """The product q k^T that scores are made of, and why they are not that times a number."""
-    if not isinstance(value, Value):
-        return None, ""
-    op: Any = value.op
-    if isinstance(op, (ops.Matmul, ops.Einsum)):
-        return op, ""
-    if isinstance(op, (ops.Cast, ops.Copy, ops.Reshape)):
-        return _scores(op.input)
-    if isinstance(op, (ops.Mul, ops.Div)) and isinstance(op.right, (int, float)):
-        product, reason = _scores(op.left)
-        return product, reason or ("" if op.right > 0 else "its scores change their sign")
-    if value.node.target in _FILLS:
-        return _scores(Call(value.node, value.builder)["self"])[0], "its scores are masked"
-    for classes, reason in _CHANGES.items():
-        if isinstance(op, classes):
-            sides = (_scores(one)[0] for one in (op.left, op.right))
-            return next((one for one in sides if one is not None), None), reason
-    return None, ""
-
-
-_FILLS = [overload(name) for name in ("masked_fill.Scalar", "masked_fill.Tensor")]
 _CHANGES = {
-    (ops.Where,): "its scores are masked",
-    (ops.Add, ops.Sub): "a mask or a bias is added to its scores",
-    (ops.Mul, ops.Div): "its scores are multiplied by a tensor",
+    "mask": "its scores are masked",
+    "term": "a mask or a bias is added to its scores",
+    "tensor": "its scores are multiplied by a tensor",
 }
 
 
