@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +14,7 @@ import torch
 
 from benchmarks.fuzz.checks import check
 from benchmarks.fuzz.row import Row, Wrong
+from benchmarks.limits import at_most
 from graphopt.testing import strategies
 from graphopt.testing.strategies import Network
 
@@ -86,7 +84,7 @@ def _run(
     def one(network: Network) -> None:
         if smallest and time.perf_counter() > deadline[0]:
             raise _Enough
-        with _alarm(timeout):
+        with at_most(timeout):
             row = check(kind, network, mode)
         if strict and row.rolled_back and row.verdict == "right":
             row.verdict, row.reason = "wrong", f"rolled back: {row.rolled_back[0]}"
@@ -113,22 +111,6 @@ def _run(
         return None
     _known.add(signature(smallest[0]))
     return Failure(smallest[0], seed)
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after some seconds."""
-
-    def ring(*_: Any) -> None:
-        raise TimeoutError(f"more than {seconds:.0f} s")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def start_worker() -> None:

@@ -15,11 +15,8 @@ import copy
 import dataclasses
 import json
 import math
-import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +27,7 @@ import typer
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.limits import at_most
 from benchmarks.prunability.networks import NETWORKS, STATISTIC, Network
 from benchmarks.prunability.row import first_line
 
@@ -174,7 +172,7 @@ def peer(name: str) -> Result:
     ignored = [one for path, one in model.named_children() if path.startswith("last")]
     stage = "crash-build"
     try:
-        with _limited(PATIENCE):
+        with at_most(PATIENCE):
             pruner = torch_pruning.pruner.BasePruner(
                 model, x, importance=torch_pruning.importance.MagnitudeImportance(p=2),
                 pruning_ratio=0.5, ignored_layers=ignored,
@@ -199,22 +197,6 @@ def peer(name: str) -> Result:
     if said and name in STATISTIC:
         return Result("differs", "a statistic over channels", left, error)
     return Result("wrong" if said else "exact", said, left, error)
-
-
-@contextmanager
-def _limited(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in the main thread after so many seconds."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError
-
-    former = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, former)
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,12 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphopt
+from benchmarks.limits import at_most
 from benchmarks.scoreboard import models, sides
 from graphopt.verify.model import relative_error
 
 ROUNDS = 9  # at least
 SIZE = 1536  # of the matrices that tell the machine's peak
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """TimeoutError once that many seconds are over, as soon as Python runs again."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"not ready after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def peak_memory(reset: bool = False) -> float:
