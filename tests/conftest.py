@@ -26,7 +26,7 @@ hypothesis.settings.load_profile(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Proofs first: some take minutes, for which one worker would wait for the other at the end."""
-    items.sort(key=lambda one: "test_prove" not in one.nodeid)
+    items.sort(key=lambda one: "test_prove.py" not in one.nodeid)
 
 
 @pytest.fixture(autouse=True)
