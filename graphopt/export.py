@@ -32,11 +32,6 @@ from graphopt.filecheck import ExportError, Loaded, Source, compared
 from graphopt.ir.source import first_line
 from graphopt.module import OptimizedModule
 
-FACTOR = (
-    16.0  # a file may be so much further from the float64 outputs than the graph run by torch is,
-)
-FLOOR = 64.0  # and so many roundings of the outputs' dtype
-
 
 @dataclasses.dataclass(frozen=True)
 class Export:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,19 +9,14 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.backends.exported import Exported
-from graphopt.ir.graph import is_random, written
-from graphopt.ir.interpret import lift
+from graphopt.backends.frozen import state
+from graphopt.ir.graph import Graph, State, written
 from graphopt.ir.source import clone_inputs, first_line, untouched
 from graphopt.module import OptimizedModule
-from graphopt.verify.model import relative_error
-
-# A file may be so many times further from the float64 outputs than the graph run by torch is, and so many
-# roundings of the outputs' dtype.
-FACTOR, FLOOR = 16.0, 64.0
-RUNS = 3
-ROUNDINGS = 2.0
+from graphopt.verify.truth import Truth
 
 
 class ExportError(ValueError):
@@ -70,17 +64,16 @@ Loaded = Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Any]]
 def compared(
     module: OptimizedModule, source: Source, loaded: Loaded, format: str
 ) -> tuple[float, float]:
-    """The largest errors of the file and of the graph against the graph in float64.
+    """The largest errors of the file and of the graph against the graph in float64; see `Truth`.
 
     Raises:
         ExportError: if the file does not run, or is further off than other orders of summation explain.
     """
-    wide = _in_float64(module)
+    graph = _graph(module, source.module)
     worst = own_worst = 0.0
     for args, kwargs in _trials(source):
         with untouched(source.module):
             expected = _leaves(source.module, args, kwargs)
-        truth = expected if wide is None else wide(args, kwargs)
         try:
             with untouched(source.module):
                 found = loaded(*clone_inputs(args, kwargs))
@@ -93,73 +86,26 @@ def compared(
         types = [[one[index].dtype for index in kept] for one in (found, expected)]
         if types[0] != types[1]:
             raise ExportError(f"{format}: the written file gives {types[0]}, expected {types[1]}")
-        error, own = (
-            relative_error([one[index] for index in kept], [truth[index] for index in kept])
-            for one in (found, expected)
-        )
-        eps = [torch.finfo(one).eps for one in types[0] if one.is_floating_point]
-        limit = FACTOR * own + FLOOR * max(eps, default=0.0)
-        if not error <= limit:  # behind comparisons one run tells little
-            rough = [_Rough(source.module, seed).outputs(args, kwargs) for seed in range(RUNS)]
-            right = [truth[index] for index in kept]
-            limit = FACTOR * max(
-                relative_error([one[index] for index in kept], right) for one in rough
-            )
+        truth = Truth(graph, pytree.tree_leaves((args, kwargs)))
+        whole = list(truth.outputs)
+        for index in kept:
+            whole[index] = found[index]
+        error, limit = truth.judge(whole)
         if not error <= limit:
             raise ExportError(
                 f"{format}: the written file computes something else: on inputs of "
                 f"{_shapes(args, kwargs)} it is off by {error:.1e} from the float64 outputs, the "
-                f"optimized module by {own:.1e}"
+                f"optimized module by {truth.own_error:.1e}"
             )
-        worst, own_worst = max(worst, error), max(own_worst, own)
+        worst, own_worst = max(worst, error), max(own_worst, truth.own_error)
     return worst, own_worst
 
 
-class _Rough(fx.Interpreter):
-    """Runs a graph in its own dtypes with every value off by a few roundings (Monte Carlo arithmetic: Parker,
-    Pierce, Eggert, 2000)."""
-
-    def __init__(self, module: fx.GraphModule, seed: int) -> None:
-        super().__init__(module)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        leaves = pytree.tree_leaves(clone_inputs(args, kwargs))
-        with untouched(self.module):
-            found: list[Any] = pytree.tree_leaves(self.run(*leaves, enable_io_processing=False))
-        return found
-
-    def run_node(self, n: fx.Node) -> Any:
-        found = super().run_node(n)
-        return found if n.op == "output" else pytree.tree_map_only(Tensor, self._off, found)
-
-    def _off(self, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        noise = torch.randn(value.shape, generator=self.generator).to(value)
-        return value * (1 + ROUNDINGS * torch.finfo(value.dtype).eps * noise)
-
-
-def _in_float64(module: OptimizedModule) -> Loaded | None:
-    """The graph in float64; None if it has no such run, as where it draws random numbers."""
-    graph = module.graph_module
-    if graph is None or any(map(is_random, graph.graph.nodes)):
-        return None
-    try:
-        wide = copy.deepcopy(module).double()
-        inner: Any = wide.graph_module
-        lifted = pytree.tree_map(lift, module.example_inputs())
-        with untouched(inner):
-            inner(*lifted[0], **lifted[1])
-    except Exception:
-        return None
-
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        args, kwargs = pytree.tree_map(lift, (args, kwargs))
-        with untouched(inner):
-            return _leaves(inner, args, kwargs)
-
-    return run
+def _graph(module: OptimizedModule, code: fx.GraphModule) -> Graph:
+    """The graph of a module with its present states, to be run."""
+    names = {str(node.target) for node in code.graph.nodes if node.op == "get_attr"}
+    states = {name: State(state(code, name), "constant") for name in names}
+    return Graph(code.graph, states, module._signature, FakeTensorMode())
 
 
 def _leaves(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -352,6 +352,10 @@ def _lower(module: fx.GraphModule, truth: Truth, options: Options, report: Repor
     report.backend = choice.backend
     report.backend_table = [row.data() for row in choice.rows]
     report.backend_notes += choice.notes
+    if truth.reason:
+        report.backend_notes.append(
+            f"checked against a run in its own dtypes, not float64: {truth.reason}"
+        )
     return choice.run
 
 

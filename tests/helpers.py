@@ -219,6 +219,18 @@ class Net(nn.Module):
         return self.body(self, *args)
 
 
+class Counting(nn.Module):
+    """A model that writes to a buffer on every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x + self.calls
+
+
 def optimized(
     model: nn.Module, mode: str, *shapes: tuple[int, ...], **options: Any
 ) -> graphopt.OptimizedModule:

@@ -18,7 +18,7 @@ import graphopt
 from graphopt import ExportError, export
 from graphopt.backends import inductor, onnxruntime, openvino
 from graphopt.ir.recurrence.operator import SCAN
-from tests.helpers import Net, relative_error
+from tests.helpers import Counting, Net, relative_error
 
 pytestmark = pytest.mark.skipif(
     bool(openvino.missing() or onnxruntime.missing()),
@@ -280,16 +280,6 @@ def test_what_rounding_decides_is_no_error(tmp_path):
     fast = graphopt.optimize(model, (x,), passes="canonicalize", dynamic_shapes={"args": ({},)})
     result = export(fast, tmp_path / "model.xml", x)
     assert result.own_error == 0 and result.error > 1e-2
-
-
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x):
-        self.calls.add_(1)
-        return x + self.calls
 
 
 def test_states_are_kept_by_the_format_that_has_them(tmp_path):

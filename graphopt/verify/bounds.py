@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -57,17 +58,18 @@ class Memory:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._numbers: dict[fx.Node, tuple[tuple[Any, ...], tuple[Source, ...], int]] = {}
+        self._numbers: dict[fx.Node, tuple[list[Any], tuple[Source, ...], int]] = {}
         self._kept: OrderedDict[fx.Node, tuple[int, Evaluated]] = OrderedDict()
         self._bytes = 0
         self._next = itertools.count()
 
     def number(self, node: fx.Node, inputs: tuple[Source, ...]) -> int:
         """That of computing a node from these."""
-        args, before, number = self._numbers.get(node, ((), (), -1))
-        if args is not node.args or before != inputs:
+        call: list[Any] = [node.target, node.args, node.kwargs]
+        known, before, number = self._numbers.get(node, ([None] * 3, (), -1))
+        if before != inputs or not all(map(operator.is_, known, call)):
             number = next(self._next)
-            self._numbers[node] = node.args, inputs, number
+            self._numbers[node] = call, inputs, number
         return number
 
     def find(self, node: fx.Node, number: int) -> Evaluated | None:

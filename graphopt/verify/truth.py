@@ -18,6 +18,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, is_random
 from graphopt.ir.interpret import Interpreter
+from graphopt.ir.source import first_line
 from graphopt.verify.model import relative_error
 
 FACTOR = 16.0
@@ -29,11 +30,13 @@ ROUNDINGS = 2.0  # standard deviation by which values are off in such a run
 class Truth:
     """The outputs of `graph` on `inputs` in float64, computed once, when they are asked for.
 
-    A graph that draws random numbers, or has no float64 run, is compared with its run in its own dtypes.
+    A graph that draws random numbers, or has no float64 run, is compared with its run in its own dtypes;
+    `reason` then says why.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
         self.graph, self.inputs = graph, list(inputs)
+        self.reason = "it draws random numbers" if self.random else ""
 
     @property
     def random(self) -> bool:
@@ -44,8 +47,8 @@ class Truth:
         if not self.random:
             try:
                 return self._run(Interpreter(self.graph, lifted=True, writes=False))
-            except Exception:
-                pass
+            except Exception as failure:
+                self.reason = first_line(failure)
         return self._run(Interpreter(self.graph, writes=False))
 
     @cached_property

@@ -18,6 +18,7 @@ from graphopt.backends.auto import Choice, Task, Tuning
 from graphopt.backends.base import Backend
 from graphopt.backends.measure import FEWEST, MOST, measure
 from graphopt.ir.capture import capture
+from graphopt.ir.interpret import Interpreter
 from graphopt.verify.truth import Truth
 from tests.helpers import Net
 
@@ -444,6 +445,22 @@ def test_a_model_that_draws_is_compared_with_its_own_draws():
     model = Net(lambda net, x: torch.nn.functional.dropout(x, 0.5, True))
     truth = truth_of(model, X)
     assert truth.random and truth.own_error == 0
+    fast = graphopt.optimize(model, (X,), backend="prepacked")
+    (said,) = [one for one in fast.report.backend_notes if "not float64" in one]
+    assert said.endswith("it draws random numbers")
+
+
+def test_a_graph_without_a_float64_run_says_why(monkeypatch):
+    call = Interpreter.call
+
+    def failing(self, node, env):
+        if self.lifted:
+            raise ValueError("no such kernel")
+        return call(self, node, env)
+
+    truth = truth_of(Net(lambda net, x: x.sin()), X)
+    monkeypatch.setattr(Interpreter, "call", failing)
+    assert torch.equal(truth.outputs[0], X.sin()) and truth.reason == "ValueError: no such kernel"
 
 
 # -- in one piece -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from graphopt.backends import exported, onnxruntime, openvino
 from graphopt.backends.base import BackendError, find
 from graphopt.backends.frozen import Watch
 from graphopt.torchvision_ops import declare_missing_ops
-from tests.helpers import Net, leaves, randomize_norms, relative_error
+from tests.helpers import Counting, Net, leaves, randomize_norms, relative_error
 
 LIMIT = 1e-5
 IMAGE = (2, 4, 9, 9)
@@ -272,16 +272,6 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return self.inner(x).cumsum(1)
-
-
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, x):
-        self.calls.add_(1)
-        return x + self.calls
 
 
 @pytest.mark.parametrize("backend", BOTH)

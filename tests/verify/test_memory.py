@@ -85,6 +85,16 @@ def test_a_node_whose_inputs_changed_is_computed_again() -> None:
     torch.testing.assert_close(after, Evaluator(graph, [tensor(3, 4)]).evaluate(result))
 
 
+def test_a_keyword_that_changed_is_seen() -> None:
+    graph = graph_of(lambda net, x: torch.add(x @ net.w, x, alpha=2), w=nn.Parameter(tensor(4, 4)))
+    memory = Memory(1 << 20)
+    (result,) = graph.output.all_input_nodes
+    before = memory.number(result, tuple(result.all_input_nodes))
+    assert memory.number(result, tuple(result.all_input_nodes)) == before
+    result.kwargs = {**result.kwargs, "alpha": 3}
+    assert memory.number(result, tuple(result.all_input_nodes)) != before
+
+
 def test_the_limit_holds(runs: Counter[str]) -> None:
     graph, memory = chain(), Memory(0)
     through(graph, memory, graph.inputs[0])
