@@ -26,12 +26,10 @@ class Net:
     make: Callable[..., nn.Module]
     epochs: int = 4
     encoding: str = "direct"
-    images: int = 1437  # to train on
 
     def trained(self, name: str, data: Digits, steps: int = 4) -> nn.Module:
-        some = data._replace(x=data.x[: self.images], y=data.y[: self.images])
         make = functools.partial(self.make, steps=steps)
-        return trained(name, make, some, self.epochs, self.encoding, steps)
+        return trained(name, make, data, self.epochs, self.encoding, steps)
 
 
 def _plain(build: Callable[..., nn.Module], form: str = "layers", **more: Any) -> Any:
@@ -66,10 +64,8 @@ NETS: dict[str, Net] = {
     "SpikingJelly PLIF": Net(functools.partial(jelly_vgg, "plif", "m")),
     "SpikingJelly MPBN": Net(functools.partial(jelly_vgg, "mpbn", "m")),
     "SpikingJelly MPBN, soft reset": Net(functools.partial(jelly_vgg, "soft mpbn", "s")),
-    "SpikingJelly spiking ResNet": Net(functools.partial(jelly_resnet, "spiking"), 1, images=256),
-    "SpikingJelly SEW ResNet by steps": Net(
-        functools.partial(jelly_resnet, "sew", mode="s"), 1, images=256
-    ),
+    "SpikingJelly spiking ResNet": Net(functools.partial(jelly_resnet, "spiking")),
+    "SpikingJelly SEW ResNet by steps": Net(functools.partial(jelly_resnet, "sew", mode="s")),
     "snnTorch Leaky": Net(functools.partial(Snn, "leaky")),
     "snnTorch Leaky, reset to zero": Net(functools.partial(Snn, "leaky", reset="zero")),
     "snnTorch Synaptic": Net(functools.partial(Snn, "synaptic")),

@@ -143,7 +143,7 @@ def zero_invariant_groups(
     known = zero_invariant(groups, inputs)
     named = _named(groups, model, {name for name, _ in known.producers})
     frozen = _frozen(known, named)
-    families = [[one.label for one in family] for family in groups.families()]
+    families = [family.labels.tolist() for family in groups.families()]
     usable = [[one for one in family if one not in known.refused and one not in frozen]
               for family in families]  # fmt: skip
     labels = [label for family in usable for label in family]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import networkx
 import numpy as np
@@ -45,6 +45,25 @@ class Group:
     @property
     def flops(self) -> float:
         return self._groups.flops(self.label)
+
+
+class Family(Sequence[Group]):
+    """The groups of one width: with the same members but for the entries. `labels` are theirs."""
+
+    def __init__(self, labels: Vector, parameters: Vector, groups: Groups) -> None:
+        self.labels, self._parameters, self._groups = labels, parameters, groups
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> Family: ...
+    def __getitem__(self, at: int | slice) -> Group | Family:
+        if isinstance(at, slice):
+            return Family(self.labels[at], self._parameters[at], self._groups)
+        return Group(int(self.labels[at]), int(self._parameters[at]), self._groups)
 
 
 class Groups:
@@ -163,11 +182,9 @@ class Groups:
             lines.append(f"fixed: {name}[{axis}]: {reason}")
         return "\n".join(lines)
 
-    def families(self) -> list[list[Group]]:
+    def families(self) -> list[Family]:
         """Groups with the same members but for the entries: the channels of one width."""
-        return [
-            [Group(label, size, self) for label, size in one] for one in self._places.families()
-        ]
+        return [Family(*one, self) for one in self._places.families()]
 
     def drawn(self) -> networkx.Graph:
         """Parameters and families of groups, an edge where one is part of the other."""
@@ -194,9 +211,7 @@ class _Places:
             elements = int(np.prod(labels.shape))
             for axis, layers in labels.axes.items():
                 for layer in layers:
-                    order = np.argsort(layer, kind="stable")
-                    values, starts = np.unique(layer[order], return_index=True)
-                    ends = np.append(starts, len(order))
+                    order, values, ends = _sorted(layer)
                     label.append(values)
                     where.append(np.full(len(values), len(self.axes)))
                     number.append(np.arange(len(values)))
@@ -226,24 +241,41 @@ class _Places:
             found.append(Member(name, axis, tuple(entries.tolist())))
         return tuple(found)
 
-    def families(self) -> list[list[tuple[int, int]]]:
-        """Labels of each family with their numbers of elements."""
+    def families(self) -> list[tuple[Vector, Vector]]:
+        """Labels of each family, and how many elements each of them is."""
         if not len(self.labels):
             return []
-        kinds = np.unique(np.stack([self.where, self.count], 1), axis=0, return_inverse=True)[1]
+        kinds = self.where * (self.count.max() + 1) + self.count
         sizes = np.add.reduceat(self.size, self.starts[:-1])
         lengths = np.diff(self.starts)
         found: list[Vector] = []
         for length in np.unique(lengths):
             these = np.flatnonzero(lengths == length)
             rows = kinds[self.starts[these][:, None] + np.arange(length)]
-            family = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+            family = _numbered(rows)
             order = np.argsort(family, kind="stable")
             found += np.split(these[order], np.flatnonzero(np.diff(family[order])) + 1)
         found.sort(key=lambda one: int(one[0]))
-        return [
-            list(zip(self.labels[one].tolist(), sizes[one].tolist(), strict=True)) for one in found
-        ]
+        return [(self.labels[one], sizes[one]) for one in found]
+
+
+def _sorted(layer: Vector) -> tuple[Vector, Vector, Vector]:
+    """Entries in the order of their labels, the labels, and where the entries of each start and end."""
+    count = len(layer)
+    if bool((layer[1:] > layer[:-1]).all()):
+        return np.arange(count), layer, np.arange(count + 1)
+    order = np.argsort(layer, kind="stable")
+    values, starts = np.unique(layer[order], return_index=True)
+    return order, values, np.append(starts, count)
+
+
+def _numbered(rows: Vector) -> Vector:
+    """A number for each row, the same for the same rows."""
+    number = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        kind = np.unique(column, return_inverse=True)[1]
+        number = np.unique(number * (kind.max() + 1) + kind, return_inverse=True)[1]
+    return number
 
 
 def _kept(labels: Labels, lost: NDArray[np.bool_]) -> dict[int, Vector]:

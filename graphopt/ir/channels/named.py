@@ -25,7 +25,7 @@ SPATIAL = {
 }  # fmt: skip
 STATISTICS = {
     "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "prod",
-    "linalg_vector_norm",
+    "linalg_norm", "linalg_vector_norm",
 }  # fmt: skip
 ALONG = {"sort", "topk", "argsort", "cummax", "cummin", "cumprod", "logcumsumexp"}
 MADE = {"new_zeros", "new_ones", "new_full", "new_empty"}  # read no values

@@ -174,8 +174,9 @@ def _narrowed(found: Any, kept: Any) -> Any:
     for axis in sorted(range(found.ndim), key=lambda one: (hint(found.stride(one)), -one)):
         strides[axis] = step
         step = step * sizes[axis]
-    with found.fake_mode:
-        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)
+    mode = found.fake_mode  # asked directly: its dispatcher takes five times as long
+    meta = torch.empty_strided(sizes, strides, dtype=found.dtype, device="meta")
+    return mode.fake_tensor_converter.from_meta_and_device(mode, meta, found.device)
 
 
 def _cut(tensor: torch.Tensor, kept: Kept) -> torch.Tensor:

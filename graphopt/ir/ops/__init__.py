@@ -104,6 +104,7 @@ from graphopt.ir.ops.reduce import (
     Reduce as Reduce,
     Sum as Sum,
     Upsample as Upsample,
+    VectorNorm as VectorNorm,
 )
 from graphopt.ir.ops.scan import Scan as Scan
 from graphopt.ir.ops.spectral import (

@@ -70,6 +70,43 @@ class Mean(Reduce):
         return self.call(overload("mean.dim"), dim=list(self.dims))
 
 
+@op("linalg_vector_norm.default", "linalg_norm.default", "norm.Scalar", "norm.ScalarOpt_dim")
+class VectorNorm(Op):
+    """The p-norm over axes `dims`: (sum |x|^p)^(1/p) with p = `order`."""
+
+    input: Value
+    order: float
+    dims: tuple[int, ...]
+    keepdim: bool = False
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def parse(cls, call: Call) -> Op | None:
+        order = call.arguments["p" if "p" in call.arguments else "ord"]
+        dims = _dims(call)
+        if str(call.target) == "aten.linalg_norm.default" and order is not None and len(dims) > 1:
+            return None  # of matrices
+        dtype, keepdim = call.arguments.get("dtype"), call.arguments.get("keepdim", False)
+        return cls(call["self"], 2 if order is None else order, dims, keepdim, dtype, out=call.out)
+
+    def build(self) -> tuple[Any, dict[str, Any]]:
+        return self.call(
+            overload("linalg_vector_norm.default"), ord=self.order, dim=list(self.dims)
+        )
+
+    @property
+    def reduction(self) -> int:
+        return prod(hint(self.input.shape[dim]) for dim in self.dims)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * numel(self.input)
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        # A norm, as p >= 1: what the input is off by, it changes by the norm of that at most.
+        return run(magnitude) if self.order >= 1 else None
+
+
 @op("cumsum.default")
 class CumSum(Multilinear, Op):
     """Running sums along `dim`."""

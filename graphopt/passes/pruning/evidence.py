@@ -19,6 +19,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call
 from graphopt.ir.interpret import Interpreter
 from graphopt.ir.ops.base import hint
+from graphopt.ir.tiles import BLOCK
 
 Scores = NDArray[np.float64]  # one for every label
 Loss = Callable[[Any, Any], Tensor]
@@ -72,6 +73,23 @@ class Evidence:
         for name, sizes in measures.items():
             for axis, layers in self.groups.states[name].axes.items():
                 add_along(scores, layers, sizes, axis)
+        return scores
+
+    def measured(self, measure: Callable[[Tensor], Tensor]) -> Scores:
+        """`summed` of a measure of every element of the parameters in float64, taken in blocks of rows
+        that stay in the cache."""
+        scores = self.zeros()
+        for name, one in self.parameters.items():
+            axes = self.groups.states[name].axes
+            totals = {axis: one.new_zeros(one.shape[axis], dtype=torch.float64) for axis in axes}
+            rows = max(1, BLOCK * len(one) // max(one.numel(), 1))
+            for start in range(0, len(one), rows):
+                sizes = measure(one[start : start + rows].double())
+                for axis, total in totals.items():
+                    part = total if axis else total[start : start + rows]
+                    part += _along(sizes, axis)
+            for axis, layers in axes.items():
+                add_along(scores, layers, totals[axis], 0)
         return scores
 
     def zeros(self) -> Scores:
@@ -200,11 +218,15 @@ def gradients_of(
 
 def add_along(scores: Scores, layers: Layers, sizes: Tensor, axis: int) -> None:
     """Add measures of every element of a tensor to the scores of the groups along an axis."""
-    others = [one for one in range(sizes.ndim) if one != axis]
-    along = sizes.detach().double()
-    along = along.sum(others) if others else along
+    along = _along(sizes.detach().double(), axis).cpu().numpy()
     for layer in layers:
-        np.add.at(scores, layer, along.cpu().numpy())
+        np.add.at(scores, layer, along)
+
+
+def _along(sizes: Tensor, axis: int) -> Tensor:
+    """The sums for every entry of an axis."""
+    others = [one for one in range(sizes.ndim) if one != axis]
+    return sizes.sum(others) if others else sizes
 
 
 def mean_of(found: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def _families(groups: Groups, gone: Collection[int]) -> Iterator[_Family]:
     """The families of which some groups go and some stay."""
     lost = groups.lost(gone)
     for family in groups.families():
-        away = lost[[one.label for one in family]]
+        away = lost[family.labels]
         if away.any() and not away.all():
             slots = [
                 (one.name, one.axis, np.array([group.members[i].entries for group in family]))

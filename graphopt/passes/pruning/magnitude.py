@@ -15,13 +15,12 @@ _NORMS = (ops.BatchNorm, ops.InstanceNorm, ops.GroupNorm, ops.LayerNorm, ops.RMS
 
 def l2(evidence: Evidence) -> Scores:
     """The norm of all parameters of a group (Li et al., arXiv 1608.08710, over the whole group)."""
-    squares = {name: one.double().square() for name, one in evidence.parameters.items()}
-    return np.sqrt(evidence.summed(squares))
+    return np.sqrt(evidence.measured(torch.square))
 
 
 def l1(evidence: Evidence) -> Scores:
     """The sum of the magnitudes of all parameters of a group (arXiv 1608.08710)."""
-    return evidence.summed({name: one.double().abs() for name, one in evidence.parameters.items()})
+    return evidence.measured(torch.abs)
 
 
 def random(evidence: Evidence) -> Scores:

@@ -109,7 +109,7 @@ def rank(
         if not kept & {m.name for m in one[0].members}
         and (heads or one[0].label not in groups.blocks)
     ]  # fmt: skip
-    labels = [np.array([one.label for one in family], dtype=np.int64) for family in families]
+    labels = [family.labels for family in families]
     alone = [[number] for number in range(len(families))]
     alike: dict[Any, list[int]] = defaultdict(list)
     for number, family in enumerate(families):
