@@ -70,6 +70,12 @@ def grouped(m: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(-2)
 
 
+def standardized(weight: Tensor, gain: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over what each output channel reads, as norm-free networks have it."""
+    rows = weight.reshape(1, len(weight), -1)
+    return F.batch_norm(rows, None, None, weight=gain, training=True).reshape_as(weight)
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "norm, activation": lambda: image(lambda m, x: m.norm(x).relu()),
     "residual": lambda: image(lambda m, x: m.second(x.relu()) + x),
@@ -103,6 +109,10 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "parameter": lambda: image(lambda m, x: x * m.scale + m.shift, scale=nn.Parameter(torch.randn(8, 1, 1)),
                                shift=nn.Parameter(torch.randn(1, 8, 8, 8))),
     "slopes": lambda: image(lambda m, x: m.act(x), act=nn.PReLU(8)),
+    "standardized weights": lambda: image(lambda m, x: F.conv2d(x, standardized(m.second.weight, m.gain)),
+                                          gain=nn.Parameter(torch.randn(8))),
+    "windows beside the batch": lambda: image(
+        lambda m, x: x.reshape(x.shape[0] * 32, 2, 4, 2).transpose(1, 2).reshape(x.shape)),
     "shared": lambda: image(lambda m, x: m.second(m.second(x).relu())),
     "cut off": lambda: image(lambda m, x: m.second(x) + x.detach()),
     "one channel beside": lambda: image(lambda m, x: x + m.one(x), one=nn.Conv2d(8, 1, 1)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import singledispatch
 from typing import Any
 
@@ -170,7 +171,8 @@ def _narrowed(found: Any, kept: Any) -> Any:
         return found
     sizes, strides, step = list(found.shape), list(found.stride()), 1
     for axis, entries in kept.items():
-        sizes[axis] = len(entries)
+        part = Fraction(len(entries), hint(sizes[axis]))  # of a size that may be a multiple of a symbol
+        sizes[axis] = sizes[axis] * part.numerator // part.denominator
     for axis in sorted(range(found.ndim), key=lambda one: (hint(found.stride(one)), -one)):
         strides[axis] = step
         step = step * sizes[axis]
@@ -200,7 +202,11 @@ def _(op: ops.Reshape, r: _Removal) -> ops.Op | None:
     if target.startswith("unflatten"):
         sizes = [size if isinstance(size, int) else -1 for size in op.shape]
         shape = tuple(sizes)
-    return op.replace(shape=r.written(shape, op.out))
+    shape = r.written(shape, op.out)
+    computed = [axis for axis in r.of(op.out) if not isinstance(shape[axis], int)]
+    if len(computed) == 1 and -1 not in shape:  # as batch * channels: what is left
+        shape = tuple(-1 if axis in computed else size for axis, size in enumerate(shape))
+    return op.replace(shape=shape)
 
 
 @adapt.register(ops.Expand)

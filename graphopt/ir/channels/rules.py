@@ -157,6 +157,9 @@ def _shared(t: Trace, layer: Any, groups: int) -> Any:
 @rule.register(ops.BatchNorm)
 @rule.register(ops.InstanceNorm)
 def _(op: Any, t: Trace) -> Labels | None:
+    own = isinstance(op, ops.InstanceNorm) or op.uses_batch_statistics
+    if own and any(layers for axis, layers in t[op.input].axes.items() if axis != 1):
+        t.statistics[op.out.node] = "mean and variance over the axis"  # as of standardized weights
     return _per_channel(t, op, [op.weight, op.bias, op.running_mean, op.running_var])
 
 
