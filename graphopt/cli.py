@@ -102,7 +102,7 @@ def optimize(
     ] = "eager",
     precision: Annotated[
         str | None,
-        typer.Option(help="bf16: weights and activations; measured, see docs/precision.md."),
+        typer.Option(help="bf16 or int8; measured, see docs/precision.md and docs/int8.md."),
     ] = None,
     tune_seconds: Annotated[
         float, typer.Option(min=0, help="What backend auto may spend on building and measuring.")
@@ -115,9 +115,9 @@ def optimize(
 ) -> None:
     """Optimize a model and print the report."""
     # Everything that can be wrong with the command is checked before torch does any work.
-    from rich.console import Console
+    from graphopt.progress import shown
 
-    with Console(stderr=True).status("loading torch") as status, _one_line(source):
+    with shown("loading torch") as status, _one_line(source):
         import graphopt
         from graphopt.backends.base import find
         from graphopt.optimize import at_precision
@@ -125,23 +125,24 @@ def optimize(
 
         _check_mode(mode)
         pipeline = graphopt.Pipeline(mode if passes is None else passes)
-        pipeline = at_precision(pipeline, precision, mode)
+        at_precision(pipeline, precision, mode)
         if backend != "auto":
             find(backend)
         if output is not None and output.exists() and not (output / "manifest.json").is_file():
             _fail(f"{output} exists and is not a graphopt artifact; not overwriting it")
-        status.update(f"loading {source}")
+        status.expected = len(pipeline.stages) + 4
+        status(f"loading {source}")
         model, args, kwargs = _load(source, trust)
         modules = modules_of(model)
         for one in explain or ():
             spellings(one, modules)
         result = graphopt.optimize(
             model, args or None, kwargs or None, mode=mode, passes=pipeline, backend=backend,
-            validate=validate, bisect_limit=bisect_limit, progress=status.update,
-            tune_seconds=tune_seconds,
+            validate=validate, bisect_limit=bisect_limit, progress=status,
+            tune_seconds=tune_seconds, precision=precision,
         )  # fmt: skip
         if output is not None:
-            status.update(f"saving {output}")
+            status(f"saving {output}")
             result.save(output)
     stories = {one: result.report.explain(one) for one in explain or ()}
     if as_json:

@@ -23,14 +23,15 @@ from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.module import OptimizedModule, build
-from graphopt.passes.lower_precision import DTYPES
 from graphopt.pipeline import Pipeline
+from graphopt.progress import followed
 from graphopt.regional import optimize_regions
 from graphopt.report import Capture, Report, listing, modules_of
 from graphopt.verify import SiteValidator, check_model
 from graphopt.verify.truth import FACTOR, Truth
 
 MODES = ("deploy", "tune")
+PRECISIONS = {"bf16": "lower-precision{dtype=bf16}", "int8": "quantize"}  # the pass at the end
 Progress = Callable[[str], None]
 
 
@@ -47,7 +48,7 @@ class Options:
     pipeline: Pipeline
     backend: str
     dynamic_shapes: Any = None
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     float64_limit: float = 1e-10
     capture: Callable[..., Captured] = capturing.capture
     validator: Callable[[Graph, Sequence[Any]], Validator | None] = SiteValidator
@@ -64,7 +65,7 @@ class Options:
         )  # fmt: skip
 
     def say(self, what: str) -> None:
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(what)
 
 
@@ -79,10 +80,11 @@ def optimize(
     dynamic_shapes: Any = None,
     validate: bool = True,
     bisect_limit: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     tune_seconds: float = 60.0,
     tune_cache: bool = True,
     precision: str | None = None,
+    data: Sequence[tuple[Any, Any]] = (),
 ) -> OptimizedModule:
     """An optimized copy of `model`; the model itself is not changed.
 
@@ -105,12 +107,15 @@ def optimize(
             report still has the error of the whole model.
         bisect_limit: apply this many rewrites at most; those with `Record.index` from here on are
             left out.
-        progress: called with a line of text at each step.
+        progress: called with a line of text at each step; True shows a progress bar.
         tune_seconds: what backend "auto" may spend on building and measuring others than "prepacked"
             (else "eager"); 0 takes that one at once.
         tune_cache: False neither uses nor keeps choices of backend "auto".
         precision: "bf16" computes in bfloat16 what takes the time, where the outputs stay within 5% of
-            the float64 ones; see docs/precision.md. None keeps the dtypes of the model.
+            the float64 ones; see docs/precision.md. "int8" computes convolutions and linear maps in
+            bytes, within 10%; see docs/int8.md. None keeps the dtypes of the model.
+        data: batches `(inputs, target)` that a precision is measured on, and int8's ranges are fitted
+            to; inputs as for `args`, targets are not looked at. The example inputs, if there are none.
 
     Returns:
         An `OptimizedModule`; its `report` says what was done and why not more.
@@ -118,7 +123,9 @@ def optimize(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, unknown modes, passes, backends.
     """
-    pipeline = at_precision(pipeline_of(mode, passes), precision, mode)
+    pipeline = at_precision(pipeline_of(mode, passes), precision, mode, data)
+    if data and precision is None:
+        raise ValueError("data: expected a precision that is measured on it, found none")
     if backend != "auto":
         backends.find(backend)
     if bisect_limit is not None and bisect_limit < 0:
@@ -139,23 +146,28 @@ def pipeline_of(mode: str, passes: str | Pipeline | Iterable[Any] | None) -> Pip
     return passes if isinstance(passes, Pipeline) else Pipeline(mode if passes is None else passes)
 
 
-def at_precision(pipeline: Pipeline, precision: str | None, mode: str) -> Pipeline:
-    """`pipeline`, then `lower-precision` if one is asked for."""
+def at_precision(
+    pipeline: Pipeline, precision: str | None, mode: str, data: Sequence[tuple[Any, Any]] = ()
+) -> Pipeline:
+    """`pipeline`, then the pass for a precision, measured on `data`, if one is asked for."""
     if precision is None:
         return pipeline
-    if precision not in DTYPES:
-        near = difflib.get_close_matches(str(precision), DTYPES, n=1, cutoff=0.5)
+    if precision not in PRECISIONS:
+        near = difflib.get_close_matches(str(precision), PRECISIONS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown precision {precision!r}{hint} (expected None or {', '.join(map(repr, DTYPES))})"
-        )
+        known = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"unknown precision {precision!r}{hint} (expected None or {known})")
     if mode == "tune":
         raise ValueError(
             f"precision={precision!r} rounds weights, expected mode='deploy', found mode='tune', "
             "which keeps them trainable"
         )
-    lower = Pipeline(f"lower-precision{{dtype={precision}}}")
-    lower.stages = pipeline.stages + lower.stages
+    lower = Pipeline(PRECISIONS[precision])
+    with_data = (
+        dataclasses.replace(one, run=dataclasses.replace(one.run, data=tuple(data)))  # type: ignore[call-arg]
+        for one in lower.stages
+    )
+    lower.stages = (*pipeline.stages, *with_data)
     lower.text = f"{pipeline.text},{lower.text}"
     return lower
 
@@ -195,19 +207,21 @@ def _optimize(
     """Optimize a module that belongs to us: whole, or else by region."""
     start = time.perf_counter()
     limit = math.inf if options.bisect_limit is None else options.bisect_limit
-    options = dataclasses.replace(
-        options, applications=Applications(limit), tuning=options.tuning.anew()
-    )
-    try:
-        return _optimize_whole(source, args, kwargs, options)
-    except CaptureError as error:
-        by_region = dataclasses.replace(options, dynamic_shapes=None)
-        return optimize_regions(
-            source, args, kwargs, error,
-            lambda module, a, k: _optimize_whole(module, a, k, by_region),
-            options.report(source, Capture("regional", time.perf_counter() - start)),
-            check=options.enforce,
-        )  # fmt: skip
+    steps = len(options.pipeline.stages) + 2  # capture and check
+    with followed(options.progress, steps) as say:
+        options = dataclasses.replace(
+            options, applications=Applications(limit), tuning=options.tuning.anew(), progress=say
+        )
+        try:
+            return _optimize_whole(source, args, kwargs, options)
+        except CaptureError as error:
+            by_region = dataclasses.replace(options, dynamic_shapes=None)
+            return optimize_regions(
+                source, args, kwargs, error,
+                lambda module, a, k: _optimize_whole(module, a, k, by_region),
+                options.report(source, Capture("regional", time.perf_counter() - start)),
+                check=options.enforce,
+            )  # fmt: skip
 
 
 def _optimize_whole(
@@ -251,12 +265,14 @@ def run_pipeline(
         graph, options.validator(graph, inputs), options.applications,
         target(options.backend, graph.device),
     )  # fmt: skip
+    session.examples = _telling(full)
     lint(graph, "capture")
     report.passes = options.pipeline.run(session, options.say)
     report.applied = session.applied
     report.rolled_back = session.rolled_back
     report.refused = session.remaining_refusals()
     session.validator = None  # its values are not needed again, and large
+    session.examples = ()
     start = time.perf_counter()
     options.say("verifying the whole model in float64")
     truth = Truth(session.source or source, inputs)

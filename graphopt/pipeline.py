@@ -33,11 +33,12 @@ from graphopt.passes.base import (
 from graphopt.sources import SourceError, import_object
 
 PRESETS = {
-    "tune": "canonicalize,recognize-norms,recognize-attention,fold-thresholds,"
+    "tune": "canonicalize,recognize-norms,recognize-activations,recognize-attention,fold-thresholds,"
     "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches],merge-regions,absorb-scales,"
     "multiply-out,fold-thresholds,canonicalize",
     "deploy": "open-operators,drop-gradients,canonicalize,cancel-terms,batch-siblings{least=4},canonicalize,"
-    "settle-thresholds,tune,center-norms,drop-zeros,stack-siblings,roll-steps,materialize,canonicalize,detach-masks",
+    "settle-thresholds,tune,center-norms,drop-zeros,stack-siblings,roll-steps,sink-expands,"
+    "materialize,canonicalize,detach-masks",
 }
 _STAGE = re.compile(r"([\w.-]+(?::[\w.]+)?)(?:\{([^{}]*)\})?(?:,|$)")
 _TOGETHER = re.compile(r"\[([^\[\]]*)\](?:,|$)")

@@ -28,7 +28,8 @@ def test_presets_are_named_pipelines():
     texts = [stage.text for stage in graphopt.Pipeline("tune,materialize")]
     together = "[collect-terms,fold-batch-norm,absorb-scales,merge-sequences,merge-branches]"
     assert texts == [
-        "canonicalize", "recognize-norms", "recognize-attention", "fold-thresholds", together,
+        "canonicalize", "recognize-norms", "recognize-activations", "recognize-attention",
+        "fold-thresholds", together,
         "merge-regions", "absorb-scales", "multiply-out", "fold-thresholds", "canonicalize", "materialize",
     ]  # fmt: skip
 

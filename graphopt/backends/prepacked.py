@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, fx
 from graphopt.backends.base import Backend
 from graphopt.backends.frozen import Frozen, state
 from graphopt.backends.inductor import plain
+from graphopt.backends.integers import Integers
+from graphopt.backends.prepacked_norms import Norms
 from graphopt.ir.source import clone_inputs, untouched
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +60,8 @@ class Packed:
 
     def __init__(self, module: fx.GraphModule, leaves: list[Any]) -> None:
         self.program, self.weights = pack(module, leaves)
-        self.remarks = [f"{len(self.weights)} convolutions and linear maps on packed weights"]
+        packed = sum(str(one.target).startswith("_packed_") for one in self.program.graph.nodes)
+        self.remarks = [f"{packed} convolutions and linear maps on packed weights"]
 
     def fits(self, leaves: list[Any]) -> bool:
         return True
@@ -118,6 +122,9 @@ class _Packer:
         self.names: list[str] = []
 
     def run(self) -> None:
+        integers = Integers(self.program, self.kinds, partial(state, self.program), _unary)
+        integers.run()
+        self.names += integers.names
         for node in list(self.graph.nodes):
             if node.op != "call_function" or node._erased:
                 continue
@@ -131,6 +138,10 @@ class _Packer:
             if node.target in VIEWS:  # of what may lie in another order now
                 node.target = aten.reshape.default
         if any("_convolution" in str(node.target) for node in self.fresh):
+            norms = Norms(self.program, self.kinds, partial(state, self.program))
+            norms.run()
+            self.names += norms.names
+        if integers.names or any("_convolution" in str(node.target) for node in self.fresh):
             self._in_order()
         self.graph.eliminate_dead_code()
 

@@ -105,8 +105,8 @@ class Interpreter:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         try:
             return lift(node.target(*lift_dtypes(args), **lift_dtypes(kwargs)))  # type: ignore[operator]
-        except RuntimeError:
-            # No float64 kernel (fake quantization, for one): the op runs in its own dtypes.
+        except (RuntimeError, AssertionError):
+            # No float64 kernel (quantization, for one): the op runs in its own dtypes.
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: like(env[one], one))
             return lift(node.target(*args, **kwargs))  # type: ignore[operator]
 
@@ -122,7 +122,7 @@ def lift_dtypes(argument: Any) -> Any:
     return argument
 
 
-MEMORY_LIMIT = 1 << 28  # bytes of values kept; older ones are computed again when needed
+MEMORY_LIMIT = 1 << 27  # bytes of values kept; older ones are computed again when needed
 
 
 class Evaluator:

@@ -18,16 +18,18 @@ from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 
 aten = torch.ops.aten
+MASK = 1 << 24  # elements of masks that are looked at
 
 
-def uniform(operand: Any) -> float | None:
-    """The one number that an operand consists of, if it is a literal; None otherwise."""
+def uniform(operand: Any, limit: int = 4096) -> float | None:
+    """The one number that an operand consists of, if it is a literal of at most `limit` elements; None
+    otherwise."""
     if not isinstance(operand, Value):
         return operand if isinstance(operand, (int, float)) else None
     if operand.node.op == "get_attr":
         state = operand.builder.graph.states[str(operand.node.target)]
         tensor = state.tensor
-        if state.kind != "constant" or not 0 < tensor.numel() <= 4096 or tensor.is_complex():
+        if state.kind != "constant" or not 0 < tensor.numel() <= limit or tensor.is_complex():
             return None
         first = tensor.flatten()[0]
         return float(first) if bool((tensor == first).all()) else None
@@ -35,9 +37,9 @@ def uniform(operand: Any) -> float | None:
     if isinstance(op, ops.Full):
         return uniform(op.fill_value)
     if isinstance(op, (ops.Reshape, ops.Expand, ops.Permute, ops.Copy, ops.Detach)):
-        return uniform(op.input)
+        return uniform(op.input, limit)
     if isinstance(op, ops.Cast):
-        number = uniform(op.input)
+        number = uniform(op.input, limit)
         return number if number in (0.0, 1.0) else None
     return None
 
@@ -209,6 +211,34 @@ def drop_single_cat(op: ops.Cat, rw: Rewriter) -> Value:
     return _same_type(op.tensors[0], rw, op.out)
 
 
+@rewrite(
+    unproved="it reads the entries of the mask; tests/passes/test_sink_expands.py draws masks, and every "
+    "site is checked in float64"
+)
+def drop_fixed_mask(op: ops.Attention, rw: Rewriter) -> Value:
+    """A literal mask that hides nothing goes; one that hides what comes later is the option for that."""
+    mask = op.attn_mask
+    rw.match(isinstance(mask, Value) and not op.is_causal)
+    assert isinstance(mask, Value)
+    nothing = 1.0 if mask.dtype == torch.bool else 0.0
+    if uniform(mask, MASK) == nothing:
+        return rw.emit_like(op, attn_mask=None)
+    rw.match(mask.dtype == torch.bool and _is_causal(mask))
+    rw.match(mask.shape[-2:] == (op.query.shape[-2], op.key.shape[-2]))
+    return rw.emit_like(op, attn_mask=None, is_causal=True)
+
+
+def _is_causal(mask: Value) -> bool:
+    """Whether a literal is a lower triangle `[..., n, n]` of ones."""
+    if mask.node.op != "get_attr" or mask.ndim < 2:
+        return False
+    state = mask.builder.graph.states[str(mask.node.target)]
+    tensor, n = state.tensor, mask.shape[-1]
+    if state.kind != "constant" or not 0 < tensor.numel() <= MASK or tensor.shape[-2] != n:
+        return False
+    return bool((tensor == torch.ones(n, n, dtype=torch.bool, device=tensor.device).tril()).all())
+
+
 def merge_duplicates(session: Session) -> int:
     """Equal calls on equal arguments are computed once. Returns how many were merged."""
     seen: dict[Any, fx.Node] = {}
@@ -249,7 +279,7 @@ class Canonicalize(Pass):
     rewrites = (
         drop_times_one, drop_plus_zero, drop_power_one, drop_double_negation, drop_repeated_relu,
         merge_factors, merge_terms, drop_dropout, drop_cast, merge_casts, drop_copy, drop_view,
-        spell_out_shape, merge_permutes, merge_reshapes, drop_single_cat,
+        spell_out_shape, merge_permutes, merge_reshapes, drop_single_cat, drop_fixed_mask,
     )  # fmt: skip
 
     def run(self, session: Session) -> None:

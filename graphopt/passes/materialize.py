@@ -5,7 +5,8 @@
 This is the step from Tune to Deploy mode. Afterwards states that nothing reads are dropped.
 Where the model itself computes in a narrower dtype than the result's, or rounds on the way (fake
 quantization), the part is evaluated in its own dtypes instead, bit for bit as the model would. What is
-made of integer codes stays as it is, or becomes codes again where `requantize` allowed it.
+made of integer codes stays as it is, or becomes codes again where `requantize` allowed it. Tables that read
+nothing of an input but its dtype or its fixed size are parameter-only too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from graphopt.ir.contracts import Algebraic, Exact
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.interpret import Evaluator, lift
+from graphopt.ir.rewrite import Rewrite, Rewriter, rewrite
 from graphopt.ir.tiles import Tiles, layout
+from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 from graphopt.passes.requantize import round_again
 
@@ -33,6 +36,21 @@ KEPT = 1 << 26  # bytes of values kept while they are computed from each other
 _VIEWS = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Detach, ops.Copy)
 _ROUNDING = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc", "aten::sign",
              "aten::fake_quantize_per_tensor_affine", "aten::fake_quantize_per_channel_affine"}  # fmt: skip
+
+
+@rewrite(
+    contract=Exact(),
+    unproved="it changes the spelling of a call, which index notation does not see; every site is "
+    "compared bit for bit",
+)
+def spell_out_type(op: ops.Full | ops.Cast, rw: Rewriter) -> Value:
+    """zeros_like(x) = zeros(shape, dtype), c.type_as(x) = c.to(dtype): x is not read any more."""
+    read = rw.root.all_input_nodes
+    if isinstance(op, ops.Cast):
+        rw.match(len(read) > 1 and op.input.is_constant)
+    else:
+        rw.match(read and all(isinstance(size, int) for size in op.size))
+    return rw.emit_like(op)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +63,9 @@ class Materialize(Pass):
 
     def run(self, session: Session) -> None:
         graph = session.graph
+        if session.run(self.all_rewrites()):
+            for node in graph.nodes:
+                node.meta.pop("constant", None)  # what reads them may be constant now
         # What the results are made of, for those who ask for them in float64.
         before, twin = graph.constants()
         lifted, plain = Evaluator(before, limit=KEPT), Evaluator(before, lifted=False)
@@ -75,6 +96,10 @@ class Materialize(Pass):
             if name in graph.states:
                 graph.rename_state(name, wish)
         round_again(session)
+
+    @classmethod
+    def all_rewrites(cls) -> tuple[Rewrite, ...]:
+        return (spell_out_type,)
 
     def _worthwhile(self, graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
         states = [one for one in cone if one.op == "get_attr"]

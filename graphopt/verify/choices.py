@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ from graphopt.ir.value import Value
 from graphopt.verify.bounds import Site
 
 DECISIONS = (ops.Compare, ops.Sign, ops.Heaviside)
+_TARGETS = {
+    target
+    for target, views in ops.base.TABLE.items()
+    if any(issubclass(one, DECISIONS) for one in views)
+}
 _POINTWISE = (ops.Unary, ops.Binary, ops.Where, ops.Cast, ops.Copy, ops.Detach)
+
+
+def decides(nodes: Iterable[fx.Node]) -> bool:
+    """Whether there are comparisons or signs among nodes."""
+    return any(node.target in _TARGETS for node in nodes)
 
 
 def ties(site: Site, node: fx.Node) -> torch.Tensor | None:
@@ -35,7 +45,7 @@ def ties(site: Site, node: fx.Node) -> torch.Tensor | None:
 def _ties(
     site: Site, node: fx.Node, seen: dict[fx.Node, torch.Tensor | None]
 ) -> torch.Tensor | None:
-    if node in seen or site.counts[node] == 0:
+    if node in seen or not site.counts.get(node):  # freed where nothing decides
         return seen.get(node)
     seen[node] = None
     op = Builder(site.graph, node).view(node)

@@ -77,29 +77,46 @@ class SiteValidator:
         """Evaluate `old` and `new` from the values they share and compare as `contract` says."""
         if isinstance(contract, Exact):
             return self._check_exact(old, new)
-        shared, inner = cut(old, new)
+        site = Site(self.graph, {}, self._memory)
         try:
-            known = {node: self._evaluator.evaluate(node) for node in shared}
-            site = Site(self.graph, known, self._memory)
-            for node in inner:
-                site.add(node)
+            verdict = self._evaluate(site, old, new) or compare(site, old, new)
         except Exception as error:
             return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
-        verdict = self._unfit(site, inner) or compare(site, old, new)
         if verdict.ok:
             self._evaluator.keep(new, site.values[new])
         return verdict
 
-    def _unfit(self, site: Site, nodes: Iterable[fx.Node]) -> Verdict | None:
+    def _evaluate(self, site: Site, old: fx.Node, new: fx.Node) -> Verdict | None:
+        """Evaluate a site; what is shared is known when it is read first, and values are freed after
+        their last use, unless ties have to be told. Returns what is wrong with a value."""
+        shared, inner = cut(old, new)
+        for node in {old, new}.intersection(shared):
+            site.know(node, self._evaluator.evaluate(node))
+        stays = {old, new}
+        last = {used: node for node in inner for used in node.all_input_nodes}
+        if choices.decides(inner):
+            stays |= last.keys()
+        for node in inner:
+            for used in node.all_input_nodes:
+                if used not in site.values:
+                    site.know(used, self._evaluator.evaluate(used))
+            site.add(node)
+            if unfit := self._unfit(node, site.values[node]):
+                return unfit
+            for used in node.all_input_nodes:
+                if last[used] is node and used not in stays:
+                    site.drop(used)
+        return None
+
+    def _unfit(self, node: fx.Node, value: Any) -> Verdict | None:
         """A parameter that its own dtype could not hold."""
-        for node in filter(self.graph.is_constant, nodes):
-            dtype, value = getattr(node.meta.get("val"), "dtype", None), site.values[node]
-            if dtype is None or not dtype.is_floating_point or not value.numel():
-                continue
-            dense = value.to_dense() if value.is_sparse else value
-            size, limits = float(dense.abs().max()), torch.finfo(dtype)
-            if math.isfinite(size) and (size > limits.max or 0 < size < limits.tiny):
-                return Verdict(False, reason=f"{node.name} of size {size:.1e} does not fit {dtype}")
+        dtype = getattr(node.meta.get("val"), "dtype", None)
+        if not self.graph.is_constant(node) or dtype is None or not dtype.is_floating_point:
+            return None
+        dense = value.to_dense() if value.is_sparse else value
+        size, limits = float(dense.abs().max()) if dense.numel() else 0.0, torch.finfo(dtype)
+        if math.isfinite(size) and (size > limits.max or 0 < size < limits.tiny):
+            return Verdict(False, reason=f"{node.name} of size {size:.1e} does not fit {dtype}")
         return None
 
     def _own(self, node: fx.Node) -> Any:

@@ -637,7 +637,9 @@ def test_unknown_precision(near: str) -> None:
 
 
 def test_unknown_precision_far_from_all() -> None:
-    with pytest.raises(ValueError, match="unknown precision 8 \\(expected None or 'bf16'\\)"):
+    with pytest.raises(
+        ValueError, match="unknown precision 8 \\(expected None or 'bf16', 'int8'\\)"
+    ):
         graphopt.optimize(Residual(), (single(2, 3, 6, 6),), precision=8)  # type: ignore[arg-type]
 
 

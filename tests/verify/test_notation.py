@@ -749,6 +749,16 @@ def _(d: Draw) -> Drawn:
     return read_call("cumsum", x, d.dim(x.ndim))
 
 
+@case(ops.VectorNorm)
+def _(d: Draw) -> Drawn:
+    x = d.tensor(*d.sizes(1, 3, (1, 4)))
+    order, dims = d.pick((1, 2, 3.5, math.inf)), d.order(x.ndim)[: d.int(1, x.ndim)]
+    name = d.pick(("linalg_vector_norm", "norm.ScalarOpt_dim", "linalg_norm"))
+    if name == "linalg_norm":
+        return read_call(name, x, None, dims[:1], d.flag())
+    return read_call(name, x, order, dims, d.flag())
+
+
 def _pooled(d: Draw) -> tuple[Any, ...]:
     rank = d.int(1, 2)
     kernel = [d.int(1, 3) for _ in range(rank)]
@@ -869,7 +879,8 @@ CLASSES = sorted({cls for found in TABLE.values() for cls in found}, key=lambda 
 # An entry of these is an unknown element: operands and options determine it, nothing more is known.
 UNKNOWN = {
     ops.Conj, ops.Embedding, ops.Fourier, ops.Gather, ops.Imag, ops.Index, ops.IndexSelect,
-    ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool, ops.Real, ops.Scan, ops.Split, ops.WithGradient,
+    ops.InstanceNorm, ops.LogSoftmax, ops.MaxPool, ops.Real, ops.Scan, ops.Split, ops.VectorNorm,
+    ops.WithGradient,
 }  # fmt: skip
 NO_SIZES = {ops.Scan, ops.Split, ops.WithGradient}  # their output is a list
 

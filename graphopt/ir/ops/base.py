@@ -9,8 +9,9 @@ otherwise the node has no view: what an entry leaves out is unknown, never wrong
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
@@ -22,6 +23,9 @@ from graphopt.ir.value import Value
 
 if TYPE_CHECKING:
     from graphopt.ir.builder import Builder
+
+with suppress(ImportError):  # defines quantized_decomposed, which stored graphs may call
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 Target = Any  # torch._ops.OpOverload, or a Python function on symbolic sizes
 Numeric = Callable[[Any], torch.Tensor]

@@ -294,7 +294,7 @@ class Detach(Op):
 
 
 @op("full.default", "ones.default", "zeros.default", "full_like.default", "ones_like.default",
-    "zeros_like.default")  # fmt: skip
+    "zeros_like.default", "new_full.default", "new_ones.default", "new_zeros.default")  # fmt: skip
 class Full(Op):
     """A tensor of `size` filled with the number `fill_value`."""
 
@@ -306,6 +306,7 @@ class Full(Op):
     @classmethod
     def parse(cls, call: Call) -> Op | None:
         name = call.target._schema.name.removeprefix("aten::").removesuffix("_like")
+        name = name.removeprefix("new_")
         number = call["fill_value"] if name == "full" else {"ones": 1, "zeros": 0}[name]
         out = call.out.meta
         return cls(call.out.shape, number, out.dtype, out.device, out=call.out)

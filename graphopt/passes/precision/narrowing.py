@@ -168,7 +168,7 @@ class Narrowing:
 
     def _kept(self, node: fx.Node) -> str:
         """Why a map stays in float32; empty if it does not."""
-        if (decision := self._decisions.get(node)) is not None:
+        if (decision := self.decisions.get(node)) is not None:
             return f"{decision.name} decides by what it computes"
         if any(self.graph.is_constant(one) and compressed(one) is not None
                for one in node.all_input_nodes):  # fmt: skip
@@ -176,7 +176,7 @@ class Narrowing:
         return ""
 
     @cached_property
-    def _decisions(self) -> dict[fx.Node, fx.Node]:
+    def decisions(self) -> dict[fx.Node, fx.Node]:
         """A comparison, a rounding or a loop that depends on a value, for every value with one."""
         found: dict[fx.Node, fx.Node] = {}
         for node in reversed(list(self.graph.nodes)):

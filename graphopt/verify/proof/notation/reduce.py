@@ -26,7 +26,7 @@ from graphopt.verify.proof.terms import Expr, Inside, element, factor, number
 
 
 @sizes.register
-def _(op: ops.Reduce) -> Sizes:
+def _(op: ops.Reduce | ops.VectorNorm) -> Sizes:
     dims = _axes(op.dims, op.input.ndim)
     return tuple(
         1 if axis in dims else size

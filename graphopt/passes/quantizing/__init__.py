@@ -1,0 +1,1 @@
+"""What `quantize` is made of."""
