@@ -5,18 +5,22 @@ sha256. No pickle: loading runs no code but the ATen ops the graph names.
 
 The last one has the sources of generated kernels, if there are any, for reading: nothing runs them.
 
-Writing goes to a temporary directory beside the target, which is renamed at the end: a crash leaves
-the old artifact (or none), never half of one.
+Writing goes to a temporary directory beside the target, which takes its place at the end in one step: a
+crash leaves the old artifact (or none), never half of one.
 """
 
 from __future__ import annotations
 
 import collections
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +42,18 @@ class ArtifactError(RuntimeError):
     """A model that cannot be saved, or a file that is not an intact artifact."""
 
 
-def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
+def save(
+    module: OptimizedModule, path: str | os.PathLike[str], *, about: dict[str, Any] | None = None,
+    add: Callable[[Path], None] | None = None, timed: bool = True,
+) -> None:  # fmt: skip
     """Write `module` to the directory `path`, replacing an earlier artifact there.
+
+    Args:
+        module: a result of `graphopt.optimize`, of one graph.
+        path: a directory; its parents are made.
+        about: plain data for the manifest, under "build".
+        add: puts more files into the directory it is called with; they are hashed like the others.
+        timed: False leaves out of the report what differs from run to run.
 
     Raises:
         ArtifactError: if the model was captured by region, uses ops without a portable name, or if
@@ -51,6 +65,8 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
     if target.exists() and not (target / "manifest.json").is_file():
         raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
     graph, signature, tensors, report, training = dismantle(module)
+    if not timed:
+        report = module.report.untimed().to_dict()
     graph["signature"] = _encode_signature(signature)
     graph["tensors"] = [[name, *entry[1:]] for name, entry in tensors.items()]  # in order
     graph["training"] = training
@@ -65,39 +81,70 @@ def save(module: OptimizedModule, path: str | os.PathLike[str]) -> None:
         )
         if sources := [one.source for one in getattr(module._run, "kernels", ())]:
             (work / "kernels.py").write_text("\n\n".join(sources))
+        if add is not None:
+            add(work)
         files = sorted(one.name for one in work.iterdir())
         manifest = {
             "format": FORMAT,
             "torch": torch.__version__,
             "sha256": {name: _sha256(work / name) for name in files},
             "report": report,
+            **({} if about is None else {"build": about}),
         }
         (work / "manifest.json").write_text(
             json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
         )
+        os.chmod(work / "weights.safetensors", 0o644)  # safetensors makes it private
         os.chmod(work, 0o755)
-        _swap(work, target)
+        replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _swap(work: Path, target: Path) -> None:
-    """Put `work` in the place of `target`; the old artifact survives any failure."""
+def replace(work: Path, target: Path) -> None:
+    """Put the directory `work` in the place of `target`, on the same disk. Killed at any moment, the old
+    one is there or the new one, where the system can exchange directories (Linux, macOS)."""
     for name in os.listdir(work):
         with open(work / name, "rb") as file:
             os.fsync(file.fileno())
     if not target.exists():
         os.rename(work, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / "artifact")
+    elif _exchanged(work, target):
+        shutil.rmtree(work, ignore_errors=True)  # the old one
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.rename(target, old / "artifact")
+        try:
+            os.rename(work, target)
+        except OSError:
+            os.rename(old / "artifact", target)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    _settle(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths were exchanged in one step; Python has no name for it."""
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, RENAME_SWAP
+    names = os.fsencode(one), os.fsencode(other)
+    libc = ctypes.CDLL(None)
     try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old / "artifact", target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if sys.platform == "darwin":
+            return int(libc.renamex_np(*names, swap)) == 0
+        return int(libc.renameat2(here, names[0], here, names[1], swap)) == 0
+    except AttributeError:
+        return False
+
+
+def _settle(folder: Path) -> None:
+    """Let a rename reach the disk."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load(path: str | os.PathLike[str]) -> OptimizedModule:
@@ -117,11 +164,18 @@ def load(path: str | os.PathLike[str]) -> OptimizedModule:
         raise ArtifactError(
             f"{source / 'manifest.json'}: format {manifest.get('format')!r}, expected {FORMAT}"
         )
-    for name in _FILES:
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict) or not all(name in hashes for name in _FILES):
+        raise ArtifactError(
+            f"{source / 'manifest.json'}: expected the sha256 of {' and '.join(_FILES)}"
+        )
+    for name, expected in hashes.items():
         file = source / name
+        if file.name != name or file.is_symlink():
+            raise ArtifactError(f"{source}: {name!r} is no file of its own folder")
         if not file.is_file():
             raise ArtifactError(f"{file} is missing")
-        if _sha256(file) != manifest.get("sha256", {}).get(name):
+        if _sha256(file) != expected:
             raise ArtifactError(f"{file} is truncated or altered: its sha256 is not the manifest's")
     graph = _read_json(source / "graph.json")
     try:

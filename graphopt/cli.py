@@ -1,7 +1,7 @@
-"""The command line: `graphopt optimize`, `verify`, `bisect`, `passes`, `kernels`.
+"""The command line: `graphopt optimize`, `build`, `init`, `verify`, `bisect`, `passes`, `kernels`.
 
 Exit codes: 0 done (or equal, or good), 2 bad input (one line on stderr says what), 1 a difference was
-found by `verify` or `bisect`, or anything unexpected.
+found by `verify` or `bisect`, or anything unexpected; `build` has more, see `graphopt.builds.errors`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from graphopt.builds import command
+
 if TYPE_CHECKING:
     from graphopt.sources import Source
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     help="The optimizing compiler for trained PyTorch models.",
 )  # fmt: skip
+app.command(epilog=command.BUILD_EPILOG)(command.build)
+app.command(epilog=command.INIT_EPILOG)(command.init)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "graphopt"
 ABOVE_IR = {"passes", "backends", "verify", "report", "testing"}
 TOP = {"optimize", "regional", "cli", "module", "artifact", "sources", "pipeline", "bisect",
-       "reproducer", "dynamo", "export", "filecheck", "pruned", "training", "adaptation"}  # fmt: skip
+       "reproducer", "dynamo", "export", "filecheck", "pruned", "training", "adaptation",
+       "builds"}  # fmt: skip
 FORBIDDEN = {
     "ir": ABOVE_IR | TOP,
     "passes": {"backends", "verify", "report", "testing"} | TOP,

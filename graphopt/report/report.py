@@ -71,6 +71,15 @@ class Report:
         """Plain data that `json.dumps` takes with `allow_nan=False`."""
         return plain(self)  # type: ignore[no-any-return]
 
+    def untimed(self) -> Report:
+        """The same without times, and without what a backend says of itself, which has some too."""
+        return dataclasses.replace(
+            self, capture=dataclasses.replace(self.capture, seconds=0.0),
+            passes=[(name, 0.0) for name, _ in self.passes], validation_seconds=0.0,
+            backend_notes=[], backend_table=[],
+            regions={where: one.untimed() for where, one in self.regions.items()},
+        )  # fmt: skip
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The inverse of `to_dict`."""

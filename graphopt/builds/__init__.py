@@ -1,0 +1,1 @@
+"""Deployment builds: `graphopt build graphopt.toml`; see docs/build.md."""
