@@ -12,6 +12,8 @@ from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, 
 from graphopt.channels import channel_groups as channel_groups
 from graphopt.export import Export as Export, export as export
 from graphopt.filecheck import ExportError as ExportError
+from graphopt.fleet.checkpoint import rewrite_checkpoint as rewrite_checkpoint
+from graphopt.fleet.mapped import CheckpointError as CheckpointError
 from graphopt.ir.contracts import (
     Algebraic as Algebraic,
     Calibrated as Calibrated,

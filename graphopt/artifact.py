@@ -1,5 +1,5 @@
 """Saved models: a directory with a JSON graph, safetensors weights, and a manifest with their
-sha256. No pickle: loading runs no code but the ATen ops the graph names.
+sha256. No pickle, and nothing that is stored is executed: `graphopt.artifact_check` says what is believed.
 
     model/graph.json  model/weights.safetensors  model/manifest.json  model/kernels.py
 
@@ -12,29 +12,31 @@ crash leaves the old artifact (or none), never half of one.
 from __future__ import annotations
 
 import collections
-import ctypes
 import hashlib
 import json
 import os
-import shutil
-import sys
-import tempfile
+import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from graphopt.files import beside, replace
 from graphopt.ir.graph import Signature
 from graphopt.ir.text_graph import TextError, decode, encode, target_name, target_of
 from graphopt.module import OptimizedModule, assemble
 from graphopt.report import Report
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from graphopt.artifact_check import Manifest
+
+FORMAT = 2
+LARGEST = 1 << 28  # bytes of a JSON file
 _FILES = ("graph.json", "weights.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _KEPT = ("where", "made_by", "type")  # of what is known of a node
 
 
@@ -62,139 +64,153 @@ def save(
     from safetensors.torch import save_file
 
     target = Path(path)
-    if target.exists() and not (target / "manifest.json").is_file():
-        raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
+    check_place(target)
     graph, signature, tensors, report, training = dismantle(module)
     if not timed:
         report = module.report.untimed().to_dict()
     graph["signature"] = _encode_signature(signature)
     graph["tensors"] = [[name, *entry[1:]] for name, entry in tensors.items()]  # in order
     graph["training"] = training
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        text = json.dumps(graph, indent=1, sort_keys=True, allow_nan=False)
-        (work / "graph.json").write_text(text)
+    with beside(target) as folder:
+        work = folder / target.name
+        work.mkdir()
+        (work / "graph.json").write_text(_dumped(graph))
         save_file(
             {name: entry[0].detach().contiguous().clone() for name, entry in tensors.items()},
             work / "weights.safetensors",
         )
+        os.chmod(work / "weights.safetensors", 0o644)  # safetensors makes it private
         if sources := [one.source for one in getattr(module._run, "kernels", ())]:
             (work / "kernels.py").write_text("\n\n".join(sources))
         if add is not None:
             add(work)
-        files = sorted(one.name for one in work.iterdir())
+        files = sorted(work.iterdir())
         manifest = {
             "format": FORMAT,
             "torch": torch.__version__,
-            "sha256": {name: _sha256(work / name) for name in files},
+            "bytes": {one.name: one.stat().st_size for one in files},
+            "sha256": {one.name: _sha256(one) for one in files},
             "report": report,
             **({} if about is None else {"build": about}),
         }
-        (work / "manifest.json").write_text(
-            json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
-        )
-        os.chmod(work / "weights.safetensors", 0o644)  # safetensors makes it private
-        os.chmod(work, 0o755)
+        (work / "manifest.json").write_text(sealed(manifest))
         replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
-def replace(work: Path, target: Path) -> None:
-    """Put the directory `work` in the place of `target`, on the same disk. Killed at any moment, the old
-    one is there or the new one, where the system can exchange directories (Linux, macOS)."""
-    for name in os.listdir(work):
-        with open(work / name, "rb") as file:
-            os.fsync(file.fileno())
-    if not target.exists():
-        os.rename(work, target)
-    elif _exchanged(work, target):
-        shutil.rmtree(work, ignore_errors=True)  # the old one
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.rename(target, old / "artifact")
-        try:
-            os.rename(work, target)
-        except OSError:
-            os.rename(old / "artifact", target)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    _settle(target.parent)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two paths were exchanged in one step; Python has no name for it."""
-    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, RENAME_SWAP
-    names = os.fsencode(one), os.fsencode(other)
-    libc = ctypes.CDLL(None)
-    try:
-        if sys.platform == "darwin":
-            return int(libc.renamex_np(*names, swap)) == 0
-        return int(libc.renameat2(here, names[0], here, names[1], swap)) == 0
-    except AttributeError:
-        return False
-
-
-def _settle(folder: Path) -> None:
-    """Let a rename reach the disk."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def check_place(target: Path) -> None:
+    """
+    Raises:
+        ArtifactError: if there is something that is not an artifact, and would be lost.
+    """
+    if target.is_symlink() or (target.exists() and not (target / "manifest.json").is_file()):
+        raise ArtifactError(f"{target} exists and is not a graphopt artifact; not overwriting it")
 
 
 def load(path: str | os.PathLike[str]) -> OptimizedModule:
     """Read an artifact written by `save`.
 
     Raises:
-        ArtifactError: naming the file that is missing, truncated, altered or of another format.
+        ArtifactError: naming the file that is missing, truncated, altered or of another format, or what in
+            it is not as `save` writes it.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from graphopt import artifact_check as check
 
     source = Path(path)
     if not source.is_dir():
         raise ArtifactError(f"{source} is not a graphopt artifact (a directory with manifest.json)")
-    manifest = _read_json(source / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{source / 'manifest.json'}: format {manifest.get('format')!r}, expected {FORMAT}"
-        )
-    hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict) or not all(name in hashes for name in _FILES):
-        raise ArtifactError(
-            f"{source / 'manifest.json'}: expected the sha256 of {' and '.join(_FILES)}"
-        )
-    for name, expected in hashes.items():
-        file = source / name
-        if file.name != name or file.is_symlink():
-            raise ArtifactError(f"{source}: {name!r} is no file of its own folder")
-        if not file.is_file():
-            raise ArtifactError(f"{file} is missing")
-        if _sha256(file) != expected:
-            raise ArtifactError(f"{file} is truncated or altered: its sha256 is not the manifest's")
-    graph = _read_json(source / "graph.json")
+    manifest = _manifest(source)
+    for name, digest in manifest.sha256.items():
+        try:
+            _check_file(source, name, manifest.bytes.get(name), digest)
+        except OSError as error:
+            raise ArtifactError(f"{source / name} cannot be read: {said(error)}") from error
+    text = _read(source / "graph.json")
     try:
         loaded = load_file(source / "weights.safetensors")
+        check.check_graph(text, loaded)
+        graph = json.loads(text)
         tensors = {name: (loaded[name], *entry) for name, *entry in graph.pop("tensors")}
         signature = _decode_signature(graph.pop("signature"))
-        return rebuild(graph, signature, tensors, manifest["report"], graph.pop("training"))
-    except (KeyError, TypeError, TextError, SafetensorError) as error:
-        raise ArtifactError(f"{source}: not readable as an artifact: {error!r}") from error
+        check.check_signature(signature, graph["nodes"])
+        report = check.report_of(manifest.report).to_dict()
+        return rebuild(graph, signature, tensors, report, graph.pop("training"))
+    except Exception as error:  # of several libraries, on files that anybody may have made
+        raise ArtifactError(f"{source}: not readable as an artifact: {said(error)}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _check_file(source: Path, name: str, expected: int | None, digest: str) -> None:
+    file = source / name
+    if not _NAME.fullmatch(name) or file.is_symlink():
+        raise ArtifactError(f"{source}: {name!r} is no file of its own folder")
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing, or no file")
+    if (size := file.stat().st_size) != expected:
+        raise ArtifactError(
+            f"{file} is truncated or altered: it has {size} bytes, expected {expected}"
+        )
+    if _sha256(file) != digest:
+        raise ArtifactError(f"{file} is truncated or altered: its sha256 is not the manifest's")
+
+
+def _manifest(source: Path) -> Manifest:
+    from graphopt.artifact_check import Manifest
+
+    path = source / "manifest.json"
+    text = _read(path)
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {said(error)}") from error
+    if not isinstance(data, dict):
         raise ArtifactError(f"{path} is not a JSON object")
+    if data.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format {data.get('format')!r:.80}, expected {FORMAT}")
+    try:
+        if sealed(data) != text:
+            raise ArtifactError(f"{path} is altered: it is not what its seal is of")
+        found = Manifest.model_validate(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: {said(error)}") from error
+    if not all(name in found.sha256 for name in _FILES):
+        raise ArtifactError(f"{path}: expected the sha256 of {' and '.join(_FILES)}")
     return found
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, with the sha256 of the rest of it."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return _dumped({**rest, "seal": hashlib.sha256(_dumped(rest).encode()).hexdigest()})
+
+
+def _dumped(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _read(path: Path) -> str:
+    """The text of a JSON file, if it is a file, and not too large for one."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{path} is missing, or no file")
+        if path.stat().st_size > LARGEST:
+            raise ArtifactError(f"{path} cannot be read: more than {LARGEST >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg']}, found {first['input']!r:.80}"
+    lines = str(error).strip().splitlines() or [""]
+    known = type(error) in (ValueError, TextError, ArtifactError)
+    return lines[0][:300] if known else f"{type(error).__name__}: {lines[0]:.300}"
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from graphopt.builds import command
+from graphopt.fleet.command import EPILOG, checkpoint
 
 if TYPE_CHECKING:
     from graphopt.sources import Source
@@ -28,6 +29,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command(epilog=command.BUILD_EPILOG)(command.build)
 app.command(epilog=command.INIT_EPILOG)(command.init)
+app.command(epilog=EPILOG)(checkpoint)
 
 
 def main() -> None:
@@ -115,6 +117,9 @@ def optimize(
     bisect_limit: Annotated[int | None, LIMIT] = None,
     validate: Annotated[bool, VALIDATE] = True,
     explain: Annotated[list[str] | None, EXPLAIN] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", help="Write the report as one HTML page here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Optimize a model and print the report."""
@@ -148,6 +153,8 @@ def optimize(
         if output is not None:
             status(f"saving {output}")
             result.save(output)
+        if page is not None:
+            result.report.save_html(page)
     stories = {one: result.report.explain(one) for one in explain or ()}
     if as_json:
         data = result.report.to_dict()

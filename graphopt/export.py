@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import os
 import shutil
 import tempfile
@@ -211,7 +212,9 @@ def _openvino(source: Source, path: Path) -> Written:
 def _torch(source: Source, path: Path) -> Written:
     program = _program(source)
     with quiet():
-        torch.export.save(program, path)
+        whole = io.BytesIO()  # torch's own writer ends the process when the disk is full
+        torch.export.save(program, whole)
+        path.write_bytes(whole.getbuffer())
         loaded = torch.export.load(path).module()
     return _calling(loaded), *_ends(source)
 

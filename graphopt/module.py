@@ -101,14 +101,14 @@ class OptimizedModule(nn.Module):
         return export(self, path, args, kwargs, format=format)
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random inputs of the captured shapes and dtypes, as (args, kwargs)."""
+        """Random inputs of the captured shapes and dtypes, as (args, kwargs); dynamic sizes are 2."""
         if self._signature is None or self.graph_module is None:
             raise RuntimeError("a model captured by region does not know its inputs")
         generator = torch.Generator().manual_seed(0)
         leaves = list(self._signature.inputs)
         for index, node in enumerate(_placeholders(self.graph_module)):
             if leaves[index] is None and (kind := node.meta.get("type")):
-                shape = [size if isinstance(size, int) else 1 for size in kind["shape"]]
+                shape = [size if isinstance(size, int) else 2 for size in kind["shape"]]
                 dtype = getattr(torch, kind["dtype"])
                 if dtype.is_floating_point:
                     leaves[index] = torch.randn(shape, generator=generator).to(dtype)

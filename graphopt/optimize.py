@@ -22,6 +22,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
+from graphopt.laws import laws_of
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.progress import followed
@@ -259,7 +260,7 @@ def run_pipeline(
     it computes on the inputs.
     """
     source = graph.clone()
-    report.before, report.ops_before = cost(graph, inputs), listing(graph)
+    report.before, report.ops_before = cost(graph, inputs), listing(graph, inputs)
     full, inputs = inputs, _sample(graph, inputs)
     session = Session(
         graph, options.validator(graph, inputs), options.applications,
@@ -271,6 +272,8 @@ def run_pipeline(
     report.applied = session.applied
     report.rolled_back = session.rolled_back
     report.refused = session.remaining_refusals()
+    records = (*report.applied, *report.rolled_back, *report.refused)
+    report.laws = laws_of(options.pipeline, [one.rewrite for one in records])
     session.validator = None  # its values are not needed again, and large
     session.examples = ()
     start = time.perf_counter()
@@ -288,7 +291,7 @@ def run_pipeline(
         ]  # fmt: skip
         report.applied = []
         graph = source
-    report.after, report.ops_after = cost(graph, full), listing(graph)
+    report.after, report.ops_after = cost(graph, full), listing(graph, full)
     for state in graph.states.values():
         state.exact = None
     same = report.check.float64_error <= options.float64_limit and not truth.random

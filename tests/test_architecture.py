@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent / "graphopt"
 ABOVE_IR = {"passes", "backends", "verify", "report", "testing"}
 TOP = {"optimize", "regional", "cli", "module", "artifact", "sources", "pipeline", "bisect",
        "reproducer", "dynamo", "export", "filecheck", "pruned", "training", "adaptation",
-       "builds"}  # fmt: skip
+       "builds", "fleet", "laws",
+       "files", "artifact_check"}  # fmt: skip
 FORBIDDEN = {
     "ir": ABOVE_IR | TOP,
     "passes": {"backends", "verify", "report", "testing"} | TOP,

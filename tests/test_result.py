@@ -266,7 +266,7 @@ def test_a_manifest_that_is_not_one(tmp_path):
     with pytest.raises(graphopt.ArtifactError, match="not a JSON object"):
         graphopt.load(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(graphopt.ArtifactError, match="format 99, expected 1"):
+    with pytest.raises(graphopt.ArtifactError, match="format 99, expected 2"):
         graphopt.load(tmp_path)
     with pytest.raises(graphopt.ArtifactError, match="is not a graphopt artifact"):
         graphopt.load(tmp_path / "nowhere")

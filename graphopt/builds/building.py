@@ -3,6 +3,7 @@ its place.
 
     build/NAME.gopt/      graph.json, weights.safetensors, manifest.json; exports beside them
     build/NAME.json       the report, with all that is measured and differs from run to run: times
+    build/NAME.html       the same as one page, for people
 
 The artifact holds nothing that differs between two builds of the same input on the same machine: no time, no
 path. A target that fails leaves what was there before.
@@ -10,16 +11,16 @@ path. A target that fails leaves what was there before.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
 import os
-import shutil
+import re
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ from graphopt.builds.errors import BuildError, NotCaptured, NotWritten, OverBudg
 from graphopt.builds.given import Given, draw, load
 from graphopt.export import SUFFIXES
 from graphopt.filecheck import ExportError
+from graphopt.files import beside, replace, write
 from graphopt.ir.source import first_line
+from graphopt.laws import proved
 from graphopt.module import OptimizedModule
-from graphopt.optimize import at_precision, optimize, pipeline_of
-from graphopt.passes.base import PassError, available
+from graphopt.optimize import PRECISIONS, at_precision, optimize, pipeline_of
+from graphopt.passes.base import PassError
 from graphopt.pipeline import Pipeline, PipelineError
 from graphopt.report import Report
 from graphopt.sources import SourceError
 from graphopt.verify.compare import Comparison, verify
-from graphopt.verify.proof.cache import SHIPPED, key
 from graphopt.verify.side import VerifyError
 
 Say = Callable[[str], None]
@@ -98,7 +100,7 @@ def build(
         warnings.simplefilter("ignore")
         say("loading the model")
         given = load(file)
-        sources = locking.sources(config, file.data, given.weights_hash)
+        sources = locking.sources(file.data, given.hashes)
         if lock is not None:
             locking.compare(lock_path, "sources", lock["sources"], sources)
         output = file.within(config.build.output)
@@ -108,8 +110,10 @@ def build(
         for target, pipeline in chosen:
             try:
                 found.append(_build(file, given, target, pipeline, output, about, expected, say))
-            except OSError as error:
-                raise _not_written(error, output) from error
+            except Exception as error:
+                if (why := _unwritten(error)) is None:
+                    raise
+                raise NotWritten(f"{output / target.name}.gopt {why}") from error
     if lock is None:
         _write_lock(lock_path, {**about, "artifacts": {one.name: one.sha256 for one in found}},
                     whole=targets is None)  # fmt: skip
@@ -155,17 +159,24 @@ def _build(
     file: File, given: Given, target: Target, pipeline: Pipeline, output: Path, about: dict[str, Any],
     expected: dict[str, str] | None, say: Say,
 ) -> Built:  # fmt: skip
+    place = output / f"{target.name}.gopt"
+    try:
+        artifact.check_place(place)
+    except artifact.ArtifactError as error:
+        raise NotWritten(str(error)) from error
     start = time.perf_counter()
     fast = _optimized(file, given, target, pipeline, lambda what: say(f"{target.name}: {what}"))
     seconds = time.perf_counter() - start
-    place = output / f"{target.name}.gopt"
-    with _beside(place) as work:
+    with beside(place) as work:
         stored = work / place.name
         say(f"{target.name}: storing")
         exports = tuple(f"model{SUFFIX[one]}" for one in target.export)
         about = {**about, "target": target.model_dump(), "proofs": proofs(fast.report)}
-        artifact.save(fast, stored, about=about, add=lambda work: _export(fast, work, exports, say),
-                      timed=False)  # fmt: skip
+        try:
+            artifact.save(fast, stored, about=about, add=lambda work: _export(fast, work, exports, say),
+                          timed=False)  # fmt: skip
+        except artifact.ArtifactError as error:
+            raise Violated(f"{target.name} cannot be stored: {error}") from error
         say(f"{target.name}: comparing what is stored with the source")
         found = _verified(file, given, fast, stored)
         size = sum(one.stat().st_size for one in stored.rglob("*") if one.is_file())
@@ -181,8 +192,9 @@ def _build(
             locking.compare(
                 file.within(file.config.build.lock), "artifacts", locked, {target.name: digest}
             )
-        artifact.replace(stored, place)
+        replace(stored, place)
     _write(output / f"{target.name}.json", result.to_dict())
+    fast.report.save_html(output / f"{target.name}.html")
     return result
 
 
@@ -196,7 +208,8 @@ def _optimized(
     """
     try:
         fast = optimize(
-            given.model, given.args or None, given.kwargs or None, mode=target.mode, passes=pipeline,
+            given.model, given.args or None, given.kwargs or None, mode=target.mode,
+            passes=_measured_on(pipeline, given.data),
             backend=target.backend, precision=target.precision, progress=say,
             data=given.data if target.precision else (), dynamic_shapes=given.dynamic_shapes,
         )  # fmt: skip
@@ -221,11 +234,38 @@ def _optimized(
             f"{target.name}: {one.rewrite} at {one.where or one.node} broke its contract and was taken back: "
             f'{one.reason}; verify.rolled_back = "allow" builds without it'
         )
+    if target.precision is not None:
+        _check_precision(target, report)
     if target.backend not in ("auto", report.backend):
         raise Violated(
             f"{target.name}: backend {target.backend} was not used: {'; '.join(report.backend_notes)}"
         )
     return fast
+
+
+def _measured_on(pipeline: Pipeline, data: Sequence[tuple[Any, Any]]) -> Pipeline:
+    """The same pipeline; passes that are measured on data get it."""
+    found = copy.copy(pipeline)
+    found.stages = tuple(
+        dataclasses.replace(one, run=dataclasses.replace(one.run, data=tuple(data)))  # type: ignore[call-arg]
+        if data and dataclasses.is_dataclass(one.run) and hasattr(one.run, "data")
+        else one
+        for one in pipeline.stages
+    )
+    return found
+
+
+def _check_precision(target: Target, report: Report) -> None:
+    """
+    Raises:
+        Violated: if nothing is computed in the precision that was asked for.
+    """
+    stages = {one.run.name for one in Pipeline(PRECISIONS[str(target.precision)]).stages}
+    if not any(one.stage in stages for one in report.applied):
+        why = [f"{one.where}: {one.reason}" for one in report.refused if one.stage in stages]
+        raise Violated(
+            f"{target.name}: nothing is computed in {target.precision}: {'; '.join(why[:3])}"
+        )
 
 
 def _export(fast: OptimizedModule, folder: Path, names: Iterable[str], say: Say) -> None:
@@ -240,14 +280,9 @@ def _export(fast: OptimizedModule, folder: Path, names: Iterable[str], say: Say)
 def proofs(report: Report) -> dict[str, str]:
     """Of every rewrite that was applied, whether it is proved for all inputs, or was checked at each site
     alone."""
-    known = json.loads(SHIPPED.read_text())
-    rewrites = {one.name: one for cls in available().values() for one in cls.all_rewrites()}
-    return {
-        name: "proved"
-        if name in rewrites and key(rewrites[name], 1) in known
-        else "checked at each site"
-        for name in sorted({one.rewrite for one in report.applied})
-    }
+    names = sorted({one.rewrite for one in report.applied})
+    known = proved(names)
+    return {name: "proved" if name in known else "checked at each site" for name in names}
 
 
 def _verified(file: File, given: Given, fast: OptimizedModule, stored: Path) -> list[Comparison]:
@@ -258,7 +293,10 @@ def _verified(file: File, given: Given, fast: OptimizedModule, stored: Path) -> 
         Violated: naming the first difference.
     """
     config = file.config
-    loaded = artifact.load(stored)
+    try:
+        loaded = artifact.load(stored)
+    except artifact.ArtifactError as error:
+        raise Violated(f"what was stored is not loaded again: {error}") from error
     loaded.train(fast.training)
     lossy = [one for one in fast.report.applied if one.contract not in ("Exact", "Algebraic")]
     source = fast if lossy else given.model
@@ -307,26 +345,8 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-@contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A folder on the same disk, which goes with what is left in it."""
-    if place.exists() and not (place / "manifest.json").is_file():
-        raise NotWritten(f"{place} exists and is not a graphopt artifact; not overwriting it")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def _write(path: Path, data: Any) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _write_lock(path: Path, lock: locking.Lock, whole: bool) -> None:
@@ -339,11 +359,27 @@ def _write_lock(path: Path, lock: locking.Lock, whole: bool) -> None:
     try:
         locking.write(path, lock)
     except OSError as error:
-        raise _not_written(error, path) from error
+        raise NotWritten(f"{path} {_unwritten(error)}") from error
 
 
-def _not_written(error: OSError, where: Path) -> BuildError:
-    why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return NotWritten(
-        f"{error.filename or where} cannot be written: {why}; what was there before stays"
-    )
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
+        errno.EFBIG: "a file is larger than is allowed here", errno.EROFS: "it is read-only"}  # fmt: skip
+
+
+def _unwritten(error: BaseException) -> str | None:
+    """Why nothing could be written; None if the error is of another kind. Libraries pass on what the
+    system says in errors, and texts, of their own."""
+    cause: BaseException | None = error
+    why = None
+    while cause is not None and why is None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (found := re.search(r"\(os error (\d+)\)", str(cause))):
+            number = int(found[1])
+        if number in FULL:
+            why = FULL[number]
+        elif isinstance(cause, OSError) and cause is error:
+            why = f"{cause.strerror or cause}{f' ({cause.filename})' if cause.filename else ''}"
+        elif "PytorchStreamWriter failed writing" in str(cause):
+            why = "torch could not write all of it"
+        cause = cause.__cause__ or cause.__context__
+    return None if why is None else f"cannot be written: {why}; what was there before stays"

@@ -7,7 +7,7 @@ the folder of the file.
 from __future__ import annotations
 
 import difflib
-import re
+import math
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator
@@ -21,13 +21,14 @@ from graphopt.builds.errors import ConfigError
 Location = tuple[str | int, ...]
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
           "complex64", "complex128")  # fmt: skip
-LARGEST = 1 << 24  # bytes of a configuration
+LARGEST = 1 << 20  # bytes of a configuration
+MOST = 1 << 31  # elements of an input
 
 
 class Section(BaseModel):
     """A table of the file."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -133,8 +134,8 @@ class File:
         self.folder = path.resolve().parent
         try:
             self.data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise _not_toml(path, text, error) from None
         try:
             self.config = Config.model_validate(self.data)
         except ValidationError as error:
@@ -148,6 +149,11 @@ class File:
     def _check(self) -> None:
         """What concerns several keys."""
         config, names = self.config, set()
+        paths = {("model", "source"): config.model.source, ("model", "weights"): config.model.weights,
+                 ("build", "output"): config.build.output, ("build", "lock"): config.build.lock}  # fmt: skip
+        for place, value in paths.items():
+            if value is not None and not (value and value.isprintable()):
+                raise self.error(place, f"expected a name, found {value!r:.80}")
         for number, target in enumerate(config.targets):
             if target.name in names:
                 raise self.error(("targets", number, "name"), f"{target.name!r} is taken already")
@@ -165,10 +171,20 @@ class File:
                     if size not in config.dimensions and config.dimensions:
                         near = nearest(size, config.dimensions)
                         raise self.error(where, f"there is no dimension {size!r}{near}")
-            if one.dtype.startswith(("int", "uint")) and one.high is None:
+            self._check_size(name, one)
+            bits = one.dtype.lstrip("uint") if one.dtype.startswith(("int", "uint")) else ""
+            if bits and one.high is None:
                 raise self.error(
                     ("inputs", name), f"{one.dtype} needs high: values are drawn below it"
                 )
+            if one.high is not None:
+                signed = one.dtype.startswith("int")
+                most = min(1 << (int(bits) - signed), (1 << 63) - 1) if bits else 0
+                if one.high > most:
+                    raise self.error(
+                        ("inputs", name, "high"),
+                        f"expected at most {most} for {one.dtype}, found {one.high}",
+                    )
         for name, dimension in config.dimensions.items():
             where = ("dimensions", name)
             if name not in used:
@@ -184,6 +200,18 @@ class File:
             raise self.error(("calibration",), "expected either file or callable")
         if data is not None and data.file is not None and not config.inputs:
             raise self.error(("calibration", "file"), "a file needs [inputs], whose names it uses")
+
+    def _check_size(self, name: str, given: Input) -> None:
+        sizes = [self.example(one) if isinstance(one, str) else one for one in given.shape]
+        if math.prod(sizes) > MOST:
+            raise self.error(
+                ("inputs", name, "shape"), f"{math.prod(sizes)} elements, expected at most {MOST}"
+            )
+
+    def example(self, dimension: str) -> int:
+        """The size that the model is captured with."""
+        known = self.config.dimensions.get(dimension)
+        return 2 if known is None else known.example
 
     def within(self, path: str) -> Path:
         """A path of the file, which is relative to its folder."""
@@ -208,6 +236,19 @@ def read(path: Path) -> File:
 
 
 # -- errors -------------------------------------------------------------------------------------
+
+
+def _not_toml(path: Path, text: str, error: Exception) -> ConfigError:
+    """The parser puts the place last: "... (at line 3, column 5)"."""
+    if isinstance(error, RecursionError):
+        return ConfigError(f"{path}: not a TOML file: it is nested too deep")
+    said, _, place = str(error).partition(" (at ")
+    line = place.removeprefix("line ").partition(",")[0]
+    if place.startswith("end of document"):
+        line = str(len(text.splitlines()))
+    return ConfigError(
+        f"{path}{f':{line}' if line.isdigit() else ''}: not a TOML file: {said:.200}"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -277,27 +318,51 @@ def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _classes(one)
 
 
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
-_KEY = re.compile(r"\s*([^=#\[\"']+?|\"[^\"]*\"|'[^']*')\s*=")
-
-
 def line_of(text: str, where: Location) -> int:
-    """The line, from 1, of a key or else of the table around it; as far as lines tell."""
-    table: Location = ()
-    counts: dict[str, int] = {}
-    best, depth = 1, 0
-    for number, line in enumerate(text.splitlines(), 1):
-        here: Location | None = None
-        if (header := _HEADER.match(line)) is not None and "=" not in line.partition("]")[0]:
-            name = tuple(part.strip(" \"'") for part in header[2].split("."))
-            if header[1] == "[[":
-                counts[header[2]] = counts.get(header[2], -1) + 1
-                table = (*name, counts[header[2]])
-            else:
-                table = name
-            here = table
-        elif (key := _KEY.match(line)) is not None:
-            here = (*table, *(part.strip(" \"'") for part in key[1].split(".")))
-        if here is not None and where[: len(here)] == here and len(here) > depth:
-            best, depth = number, len(here)
-    return best
+    """The line, from 1, on which a key begins, or else the table around it."""
+    lines = text.splitlines(keepends=True)
+    for depth in range(len(where), 0, -1):
+        if _has(_parsed("".join(lines)), where[:depth]):
+            break
+    else:
+        return 1
+    low, high = (
+        0,
+        len(lines),
+    )  # of lines at the beginning; those of `low` do not have the key, of `high` do
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        data = None
+        while middle > low and (data := _parsed("".join(lines[:middle]))) is None:
+            middle -= 1  # in the middle of a value
+        if data is None:
+            low = low + (high - low) // 2  # all between is one value
+        elif _has(data, where[:depth]):
+            high = middle
+        else:
+            low = middle
+    return _begin(lines, high)
+
+
+def _begin(lines: list[str], end: int) -> int:
+    """The first line of what is complete with line `end`."""
+    first = end - 1
+    while first > 0 and _parsed("".join(lines[:first])) is None:
+        first -= 1
+    return first + 1
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _has(data: Any, where: Location) -> bool:
+    for part in where:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

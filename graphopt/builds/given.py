@@ -8,16 +8,19 @@ import inspect
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphopt.builds.config import File, Location, nearest
 from graphopt.builds.errors import BuildError
 from graphopt.ir.inputs import declared_inputs
 from graphopt.ir.source import first_line
+from graphopt.module import OptimizedModule
 from graphopt.sources import SourceError, import_object, load_source
 
 Draw = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,14 +30,14 @@ SAFETENSORS = ".safetensors"
 @dataclasses.dataclass
 class Given:
     """A model in eval mode; example inputs, which may be none, and what of their sizes is dynamic; data;
-    and the sha256 of all weights."""
+    and the sha256 of all weights and data."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any
     data: Sequence[tuple[Any, Any]]
-    weights_hash: str
+    hashes: dict[str, str]
 
 
 def load(file: File) -> Given:
@@ -44,12 +47,19 @@ def load(file: File) -> Given:
         ConfigError: naming the line of what cannot be loaded.
     """
     config = file.config
+    if config.model.source.endswith(".pt2") and not config.model.trust:
+        raise file.error(("model", "source"), "loading a .pt2 file can execute code stored in it; "
+                         "trust = true allows it")  # fmt: skip
     try:
         model, args, kwargs = load_source(_source(file), trust=config.model.trust)
     except SourceError as error:
         raise file.error(("model", "source"), str(error)) from error
+    if isinstance(model, OptimizedModule) and model.graph_module is not None:
+        model = model.graph_module  # its inputs have names
     if config.model.weights is not None:
         _load_weights(file, model, file.within(config.model.weights))
+    else:
+        _check_finite(file, ("model", "source"), config.model.source, model)
     shapes = None
     if config.inputs:
         _check_names(file, model)
@@ -59,7 +69,14 @@ def load(file: File) -> Given:
         raise file.error(
             ("model", "source"), "the source declares no example inputs; expected [inputs]"
         )
-    return Given(model.eval(), args, kwargs, shapes, _data(file), hash_of(model))
+    with suppress(NotImplementedError):  # an exported program has one mode
+        model.eval()
+    data = _data(file)
+    hashes = {"weights": hash_of(model.state_dict())}
+    if data:
+        leaves = pytree.tree_leaves(data)
+        hashes["calibration"] = hash_of({f"{index:09}": one for index, one in enumerate(leaves)})
+    return Given(model, args, kwargs, shapes, data, hashes)
 
 
 def _source(file: File) -> str:
@@ -69,10 +86,10 @@ def _source(file: File) -> str:
     return str(path) if path.exists() else text
 
 
-def hash_of(model: nn.Module) -> str:
-    """The sha256 of names, dtypes, shapes and bytes of all parameters and buffers."""
+def hash_of(named: Mapping[str, Any]) -> str:
+    """The sha256 of names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(named.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             plain = tensor.detach().cpu().contiguous()
@@ -89,7 +106,7 @@ def draw(file: File, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     config, found = file.config, {}
     for name, one in config.inputs.items():
-        shape = [_example(file, size) if isinstance(size, str) else size for size in one.shape]
+        shape = [file.example(size) if isinstance(size, str) else size for size in one.shape]
         dtype: torch.dtype = getattr(torch, one.dtype)
         if dtype.is_floating_point or dtype.is_complex:
             wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -100,13 +117,8 @@ def draw(file: File, seed: int) -> dict[str, Any]:
     return found
 
 
-def _example(file: File, name: str) -> int:
-    known = file.config.dimensions.get(name)
-    return 2 if known is None else known.example
-
-
 def dynamic_shapes(file: File) -> dict[str, Any]:
-    """As `torch.export.export` takes them."""
+    """Of every input, the dimensions of its axes as `torch.export.export` takes them."""
     config, dims, found = file.config, {}, {}
     for name, one in config.inputs.items():
         axes = {}
@@ -126,7 +138,12 @@ def _check_names(file: File, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+    if rest := [one.name for one in parameters if one.kind is one.VAR_KEYWORD]:
+        named = {one.name for one in parameters} - {*rest}
+        for name, given in file.config.inputs.items():
+            if name not in named and any(isinstance(size, str) for size in given.shape):
+                raise file.error(("inputs", name, "shape"), f"forward takes it by **{rest[0]}, of which no "
+                                 "size may be dynamic; expected numbers")  # fmt: skip
         return
     known = [
         one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.POSITIONAL_ONLY)
@@ -163,9 +180,21 @@ def _load_weights(file: File, model: nn.Module, path: Path) -> None:
         if one.shape != expected[name].shape:
             raise file.error(where, f"{path.name}: {name} has the shape {tuple(one.shape)}, expected "
                              f"{tuple(expected[name].shape)}")  # fmt: skip
-        if (one.is_floating_point() or one.is_complex()) and not bool(one.isfinite().all()):
-            raise file.error(where, f"{path.name}: {name} is not finite everywhere")
+        if one.dtype.is_complex and not expected[name].dtype.is_complex:
+            raise file.error(
+                where, f"{path.name}: {name} is complex, expected {expected[name].dtype}"
+            )
     model.load_state_dict(found)
+    _check_finite(file, where, path.name, model)
+
+
+def _check_finite(file: File, where: Location, whose: str, model: nn.Module) -> None:
+    """No weight is infinite or not a number; buffers may be infinite, as masks are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, one in model.state_dict().items():
+        if isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()):
+            if bool(one.isnan().any()) or (name in parameters and bool(one.isinf().any())):
+                raise file.error(where, f"{whose}: {name} is not finite everywhere")
 
 
 def tensors(file: File, where: Location, path: Path) -> dict[str, Tensor]:
@@ -187,12 +216,16 @@ def tensors(file: File, where: Location, path: Path) -> dict[str, Tensor]:
         raise file.error(
             where, f"{path.name} holds {type(found).__name__}, expected tensors by name"
         )
-    plain = {name: one for name, one in found.items() if isinstance(one, Tensor)}
-    if other := sorted(found.keys() - plain):
-        raise file.error(
-            where, f"{path.name}: {other[0]} is {type(found[other[0]]).__name__}, expected a tensor"
-        )
-    return plain
+    for name, one in found.items():
+        if not isinstance(one, Tensor):
+            raise file.error(
+                where, f"{path.name}: {name} is {type(one).__name__}, expected a tensor"
+            )
+        if one.layout is not torch.strided or one.device.type != "cpu" or one.is_quantized:
+            raise file.error(where, f"{path.name}: {name} is no plain tensor")
+        if one.untyped_storage().nbytes() < one.nbytes:
+            raise file.error(where, f"{path.name}: {name} is larger than what is stored of it")
+    return dict(found)
 
 
 def _read_tensors(path: Path) -> Any:
@@ -200,11 +233,12 @@ def _read_tensors(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _bounded(path, archive)
     if path.suffix == ".npz":
         import numpy as np
 
-        with zipfile.ZipFile(path) as archive:
-            _bounded(path, archive)
         with np.load(path, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -234,9 +268,7 @@ def _data(file: File) -> Sequence[tuple[Any, Any]]:
         except SourceError as error:
             raise file.error(where, str(error)) from error
         except Exception as error:
-            raise file.error(
-                where, f"{given.callable} raised {type(error).__name__}: {first_line(error)}"
-            ) from error
+            raise file.error(where, f"{given.callable} raised {first_line(error)}") from error
         for number, one in enumerate(found):
             if not isinstance(one, tuple) or len(one) != 2:
                 raise file.error(

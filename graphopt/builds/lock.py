@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graphopt import files
 from graphopt.builds.config import Config
 from graphopt.builds.errors import Unlocked
 
 FORMAT = 1
+LARGEST = 1 << 24  # bytes
+TABLES = ("versions", "sources", "artifacts")
 ALWAYS = ("graphopt", "torch", "numpy", "safetensors")
 OF_BACKEND = {
     "openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "triton": ("triton",),
@@ -42,10 +44,10 @@ def versions(config: Config) -> dict[str, str]:
     return found
 
 
-def sources(config: Config, data: Mapping[str, Any], weights_hash: str) -> dict[str, str]:
-    """sha256 of what is built: the configuration, whatever its spelling and order, and all weights."""
+def sources(data: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, str]:
+    """sha256 of what is built: the configuration, whatever its spelling and order, and what it names."""
     text = json.dumps(data, sort_keys=True, default=str)
-    return {"configuration": hashlib.sha256(text.encode()).hexdigest(), "weights": weights_hash}
+    return {"configuration": hashlib.sha256(text.encode()).hexdigest(), **hashes}
 
 
 def read(path: Path) -> Lock:
@@ -54,19 +56,25 @@ def read(path: Path) -> Lock:
         Unlocked: if there is none, or it is damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        if path.stat().st_size > LARGEST:
+            raise Unlocked(f"{path} is damaged: more than {LARGEST >> 20} MiB")
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Unlocked(
             f"{path} cannot be read: {error.strerror or error}; build once without --locked"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unlocked(f"{path} is damaged: {error}") from error
-    tables = ("versions", "sources", "artifacts")
-    if not isinstance(found, dict) or not all(isinstance(found.get(one), dict) for one in tables):
+    tables = [found.get(one) for one in TABLES] if isinstance(found, dict) else [None]
+    if not all(_of_texts(one) for one in tables):
         raise Unlocked(f"{path} is no lock file of graphopt")
     if found.get("format") != FORMAT:
-        raise Unlocked(f"{path} has the format {found.get('format')!r}, expected {FORMAT}")
-    return found
+        raise Unlocked(f"{path} has the format {found.get('format')!r:.80}, expected {FORMAT}")
+    return found  # type: ignore[no-any-return]
+
+
+def _of_texts(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(one, str) for one in table.values())
 
 
 def compare(path: Path, what: str, locked: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -83,13 +91,7 @@ def compare(path: Path, what: str, locked: Mapping[str, Any], found: Mapping[str
 
 
 def write(path: Path, lock: Lock) -> None:
-    text = json.dumps({"format": FORMAT, **lock}, indent=1, sort_keys=True) + "\n"
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(path, json.dumps({"format": FORMAT, **lock}, indent=1, sort_keys=True) + "\n")
 
 
 def hash_of(folder: Path) -> str:

@@ -45,14 +45,19 @@ class Cost:
 
 def cost(graph: Graph, inputs: Sequence[Any] = ()) -> Cost:
     """The cost of one run on `inputs` (by default, on inputs as large as the graph was traced with)."""
-    sizes: dict[Any, int] = {}
-    for node, given in zip(graph.inputs, inputs, strict=False):
-        if isinstance(given, torch.Tensor):
-            for symbol, size in zip(node.meta["val"].shape, given.shape, strict=True):
-                if isinstance(symbol, torch.SymInt):
-                    sizes[symbol.node.expr] = size
-    with example_sizes(sizes):
+    with example_sizes(sizes_of(graph, inputs)):
         return _cost(graph)
+
+
+def sizes_of(graph: Graph, inputs: Sequence[Any]) -> dict[Any, int]:
+    """The values that the symbols of the graph's inputs have in `inputs`."""
+    return {
+        symbol.node.expr: size
+        for node, given in zip(graph.inputs, inputs, strict=False)
+        if isinstance(given, torch.Tensor)
+        for symbol, size in zip(node.meta["val"].shape, given.shape, strict=True)
+        if isinstance(symbol, torch.SymInt)
+    }
 
 
 def _cost(graph: Graph) -> Cost:
@@ -63,14 +68,15 @@ def _cost(graph: Graph) -> Cost:
         if op is not None:
             flops += op.flops
             norms += op.batch_norms if isinstance(op, ops.Scan) else isinstance(op, ops.BatchNorm)
-        moved += _bytes(node.meta.get("val"))
-        moved += sum(_bytes(one.meta.get("val")) for one in node.all_input_nodes)
+        moved += bytes_of(node.meta.get("val"))
+        moved += sum(bytes_of(one.meta.get("val")) for one in node.all_input_nodes)
     return Cost(graph.parameter_count(), flops, moved, len(calls), norms)
 
 
-def _bytes(value: Any) -> int:
+def bytes_of(value: Any) -> int:
+    """The bytes of a tensor, or of those in a list; what is no tensor has none."""
     if isinstance(value, (tuple, list)):
-        return sum(map(_bytes, value))
+        return sum(map(bytes_of, value))
     if not isinstance(value, torch.Tensor):
         return 0
     count = 1
@@ -103,9 +109,9 @@ class Target:
         if isinstance(op, VIEWS):
             # What reads a slice with gaps copies it first, unless its rows are whole.
             copies = isinstance(op, ops.Slice) and op.dim != op.out.ndim - 1
-            return VIEW * self.launch + copies * 2 * _bytes(op.out.meta) / self.bandwidth
-        moved = _bytes(op.out.meta)
-        moved += sum(_bytes(node.meta.get("val")) for node in op.out.node.all_input_nodes)
+            return VIEW * self.launch + copies * 2 * bytes_of(op.out.meta) / self.bandwidth
+        moved = bytes_of(op.out.meta)
+        moved += sum(bytes_of(node.meta.get("val")) for node in op.out.node.all_input_nodes)
         busy = moved / self.bandwidth
         if op.flops and (what := kind(op)):
             busy = max(busy, op.flops / self.rates[what])

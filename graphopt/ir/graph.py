@@ -115,6 +115,7 @@ class Graph:
             for argument in written(node)
             if argument.op == "get_attr"
         )
+        self.held: frozenset[str] = frozenset()
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -151,13 +152,20 @@ class Graph:
         known = node.meta.get("constant")
         if known is None:
             if node.op == "get_attr":
-                known = str(node.target) in self.states and str(node.target) not in self.mutated
+                name = str(node.target)
+                known = name in self.states and name not in self.mutated | self.held
             elif node.op == "call_function":
                 known = is_pure(node) and all(map(self.is_constant, node.all_input_nodes))
             else:
                 known = False
             node.meta["constant"] = known
         return bool(known)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep states out of what depends on parameters alone, as if the model wrote to them."""
+        self.held |= frozenset(names)
+        for node in self.nodes:
+            node.meta.pop("constant", None)
 
     # -- states -------------------------------------------------------------------------------
 
@@ -292,6 +300,7 @@ class Graph:
         states = {name: dataclasses.replace(state) for name, state in self.states.items()}
         twin_graph = Graph(copy, states, self.signature, self.fake_mode, dict(self.aliases))
         twin_graph._source_order = self._source_order
+        twin_graph.held = self.held
         return twin_graph, mapping
 
     def __str__(self) -> str:

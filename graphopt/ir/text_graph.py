@@ -94,7 +94,7 @@ def target_of(kind: str, name: str) -> Any:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     found = overload(name) if "::" in name else None
-    if found is None:
+    if not isinstance(found, torch._ops.OpOverload):
         raise TextError(f"unknown op {name}; is the library that defines it imported?")
     return found
 

@@ -73,7 +73,7 @@ class Materialize(Pass):
         made: list[tuple[str, str]] = []
         for node in frontier(graph):
             cone = cone_of(node)
-            if not self._worthwhile(graph, node, cone):
+            if not self.worthwhile(graph, node, cone):
                 continue
             own = rounds_inside(graph, node, cone)
             exact = partial(lifted.evaluate, twin[node])
@@ -101,7 +101,8 @@ class Materialize(Pass):
     def all_rewrites(cls) -> tuple[Rewrite, ...]:
         return (spell_out_type,)
 
-    def _worthwhile(self, graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
+    def worthwhile(self, graph: Graph, node: fx.Node, cone: list[fx.Node]) -> bool:
+        """Whether a value is better stored than computed at every run; `cone`: all it is made of."""
         states = [one for one in cone if one.op == "get_attr"]
         size = node.meta["val"].numel()
         if size > sum(one.meta["val"].numel() for one in states) + self.limit:

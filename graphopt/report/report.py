@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from graphopt.files import write
 from graphopt.ir.cost import Cost
 from graphopt.ir.driver import Record
+from graphopt.report.laws import Law
 from graphopt.report.plain import plain
 from graphopt.report.story import Listed, Story, tell
 from graphopt.verify.model import ModelCheck
@@ -34,7 +38,8 @@ class Report:
     source model), `contract`, `reason`, `error` and `bound` (absolute, in float64), `index` (of
     those applied, in order). `passes` lists (pass, seconds), validation apart. `modules` has the
     paths of the source model's modules, each with the first path of the same module; `ops_before`
-    and `ops_after` are the ops of the captured and of the optimized graph.
+    and `ops_after` are the ops of the captured and of the optimized graph; `laws` has what the rewrites
+    named in the records say of themselves.
     """
 
     model: str
@@ -57,6 +62,7 @@ class Report:
     modules: dict[str, str] = dataclasses.field(default_factory=dict)
     ops_before: list[Listed] = dataclasses.field(default_factory=list)
     ops_after: list[Listed] = dataclasses.field(default_factory=list)
+    laws: dict[str, Law] = dataclasses.field(default_factory=dict)
 
     def explain(self, module: str) -> Story:
         """What happened to the source module of this path, such as `layer1.0.conv1`, and to all that
@@ -98,8 +104,11 @@ class Report:
 
         def ops(key: str) -> list[Listed]:
             return [
-                Listed(**{**one, "origins": tuple(one["origins"])}) for one in data.get(key, ())
-            ]
+                Listed(**{
+                    **one, "origins": tuple(one["origins"]), "reads": tuple(one.get("reads", ())),
+                })
+                for one in data.get(key, ())
+            ]  # fmt: skip
 
         check = data["check"]
         return cls(
@@ -121,11 +130,29 @@ class Report:
                 "regions": {k: cls.from_dict(v) for k, v in data["regions"].items()},
                 "ops_before": ops("ops_before"),
                 "ops_after": ops("ops_after"),
+                "laws": {k: Law(**v) for k, v in data.get("laws", {}).items()},
             }
         )
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+    def to_html(self) -> str:
+        """One page that needs no network and no other file: summary, both graphs, every rewrite with its
+        contract and proof, cost by module, benchmarks; see docs/report.md."""
+        from graphopt.report.html import page
+
+        return page(self)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_html()` to a file, in one step."""
+        write(Path(path), self.to_html())
+
+    def _repr_html_(self) -> str:
+        """A short summary for notebooks, without scripts."""
+        from graphopt.report.html import brief
+
+        return brief(self)
 
 
 def _lines(report: Report) -> list[str]:

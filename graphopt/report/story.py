@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
+from graphopt.ir.builder import Builder
+from graphopt.ir.cost import bytes_of, sizes_of
 from graphopt.ir.driver import Record
 from graphopt.ir.graph import Graph
+from graphopt.ir.ops.base import example_sizes
 from graphopt.ir.printer import line
 from graphopt.ir.provenance import origins
 from graphopt.report.plain import plain
@@ -26,21 +29,54 @@ class UnknownModule(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """An op as the printer writes it, the path of its module, and of all that it stands for."""
+    """An op as the printer writes it, the path of its module, and of all that it stands for.
+
+    `reads` names the ops and inputs whose values it takes; `flops` and `bytes` are its share of
+    `graphopt.ir.cost.Cost`. Reports of older versions have none of these three.
+    """
 
     text: str
     where: str
     origins: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    flops: float = 0.0
+    bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name that other ops read it under."""
+        return self.text.partition(":")[0]
+
+    @property
+    def type(self) -> str:
+        """Its dtype and shape, such as `f32[s0, 64, 112, 112]`."""
+        return self.text.partition(": ")[2].partition(" = ")[0]
+
+    @property
+    def kind(self) -> str:
+        """The op view, such as `Conv`, or the name of the function."""
+        return self.text.partition(" = ")[2].partition("(")[0]
 
     def __str__(self) -> str:
         return f"{self.text}  # {self.where}" if self.where else self.text
 
 
-def listing(graph: Graph) -> list[Listed]:
-    """The ops of a graph, in order."""
-    return [
-        Listed(line(graph, one), graph.where(one), origins(graph, [one])) for one in graph.calls
-    ]
+def listing(graph: Graph, inputs: Sequence[Any] = ()) -> list[Listed]:
+    """The ops of a graph, in order, with what each costs in a run on `inputs` (by default, on inputs
+    as large as the graph was traced with)."""
+    with example_sizes(sizes_of(graph, inputs)):
+        return [_listed(graph, node) for node in graph.calls]
+
+
+def _listed(graph: Graph, node: fx.Node) -> Listed:
+    op = Builder(graph, node).view(node)
+    values = [node, *node.all_input_nodes]
+    return Listed(
+        line(graph, node), graph.where(node), origins(graph, [node]),
+        tuple(one.name for one in node.all_input_nodes if one.op != "get_attr"),
+        float(op.flops) if op is not None else 0.0,
+        sum(bytes_of(one.meta.get("val")) for one in values),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
