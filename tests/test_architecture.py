@@ -12,7 +12,7 @@ ABOVE_IR = {"passes", "backends", "verify", "report", "testing"}
 TOP = {"optimize", "regional", "cli", "module", "artifact", "sources", "pipeline", "bisect",
        "reproducer", "dynamo", "export", "filecheck", "pruned", "training", "adaptation",
        "builds", "fleet", "laws",
-       "files", "artifact_check"}  # fmt: skip
+       "artifact_check"}  # fmt: skip
 FORBIDDEN = {
     "ir": ABOVE_IR | TOP,
     "passes": {"backends", "verify", "report", "testing"} | TOP,
