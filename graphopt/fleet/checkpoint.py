@@ -16,7 +16,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,15 @@ def rewrite_checkpoint(
         assign(model, files, read_as)
         say("capturing")
         graph = capture(model.eval(), args or (), kwargs).graph
+        used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        unread = [name for name, one in graph.states.items() if one.saved and name not in used]
         leaves = pytree.tree_leaves(clone_inputs(args or (), dict(kwargs or {})))
         if not across:
             hold_foreign(graph, pipeline)
         session = Session(graph, SiteValidator(graph, leaves) if validate else None)
         pipeline.run(session, say)
         session.validator = None
-        found = _Result(graph)
+        found = _Result(graph, unread)
         with beside(target) as work:
             os.chmod(work, 0o755)
             shards = tuple(_written(found, work, shard, write_as, say))
@@ -145,9 +147,8 @@ def assign(model: nn.Module, files: Files, rename: Sequence[tuple[str, str]] = (
             raise CheckpointError(
                 f"{stored} has the shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             )
-        found[name] = (
-            tensor if isinstance(own[name], nn.Parameter) else tensor.clone()
-        )  # may change
+        may_change = not isinstance(own[name], nn.Parameter)
+        found[name] = tensor.clone() if may_change else tensor
     tied: dict[int, str] = {}
     for name, tensor in own.items():  # a tied weight is stored once
         twin = tied.setdefault(id(tensor), name)
@@ -185,33 +186,44 @@ def hold_foreign(graph: Graph, pipeline: Pipeline) -> None:
         graph.hold(foreign)
 
 
+def _module(state: str) -> str:
+    return state.rpartition(".")[0]
+
+
 def _inside(state: str, weight: str) -> bool:
     """Whether a state belongs to the module whose weight is named, or to one inside it."""
-    module = weight.rpartition(".")[0]
+    module = _module(weight)
     return not module or f"{state}.".startswith(f"{module}.")
 
 
 class _Result:
-    """The states of a rewritten graph: expressions that are to be evaluated, and copies."""
+    """The states of a rewritten graph: expressions that are to be evaluated, and copies. States that the
+    model has and never reads are copied with the module that they belong to."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, unread: Collection[str]) -> None:
         self.graph = graph
-        self.expressions: dict[
-            str, tuple[fx.Node, bool]
-        ] = {}  # and whether the model rounds inside
-        read: dict[str, None] = {}
+        self.expressions: dict[str, tuple[fx.Node, bool]] = {}
+        made: list[tuple[fx.Node, bool]] = []  # and whether the model rounds inside
+        read = {
+            str(node.target) for node in graph.nodes
+            if node.op == "get_attr" and any(not graph.is_constant(user) for user in node.users)
+        }  # fmt: skip
         for node in frontier(graph):
             cone = cone_of(node)
+            states = [str(one.target) for one in cone if one.op == "get_attr"]
             if not MATERIALIZE.worthwhile(graph, node, cone):
-                read |= dict.fromkeys(str(one.target) for one in cone if one.op == "get_attr")
-                continue
-            if any(graph.states[str(one.target)].saved for one in cone if one.op == "get_attr"):
-                self.expressions[role(graph, node)] = node, rounds_inside(graph, node, cone)
-        for node in graph.nodes:
-            if node.op == "get_attr" and any(not graph.is_constant(user) for user in node.users):
-                read[str(node.target)] = None
-        states = graph.states
-        self.copies = [name for name in states if name in read and states[name].saved]
+                read |= set(states)
+            elif any(graph.states[name].saved for name in states):
+                made.append((node, rounds_inside(graph, node, cone)))
+        kept = [name for name in graph.states if name in read and graph.states[name].saved]
+        for node, own in made:
+            name = role(graph, node)
+            if name in kept or name in self.expressions:
+                name = f"{graph.where(node)}.{node.name}".lstrip(".")
+            self.expressions[name] = node, own
+        modules = {_module(name) for name in (*kept, *self.expressions)}
+        gone = {_module(name) for name in graph.states if name not in unread} - modules
+        self.copies = [*kept, *(name for name in unread if _module(name) not in gone)]
         self._constants, self._twins = graph.constants()
 
     def sizes(self) -> Iterator[tuple[str, int]]:

@@ -145,7 +145,7 @@ def test_across_modules_norms_go_into_what_reads_them(tmp_path: Path) -> None:
 
     source, image = real(Folded), torch.randn(2, 3, 6, 6)
     for across, names in ((True, {"conv.weight", "conv.bias"}),
-                          (False, set(source.state_dict()) - {"norm.num_batches_tracked"})):  # fmt: skip
+                          (False, set(source.state_dict()))):  # fmt: skip
         graphopt.rewrite_checkpoint(
             empty(Folded), image, stored(source, tmp_path), tmp_path / "out",
             passes="canonicalize,fold-batch-norm", across=across,
@@ -157,6 +157,35 @@ def test_across_modules_norms_go_into_what_reads_them(tmp_path: Path) -> None:
             )
             for name, value in in_memory.state_dict().items():
                 assert torch.equal(read(tmp_path / "out")[name], value)
+
+
+def test_no_weight_takes_the_name_of_another(tmp_path: Path) -> None:
+    """A weight that is used as it is and in a product; two maps that one module computes; a parameter and a
+    counter that nothing reads."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
+            self.norm, self.unused = nn.BatchNorm1d(5), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            linear = nn.functional.linear
+            low = linear(linear(x, self.weight), self.other)
+            return self.norm(
+                linear(torch.relu(low), self.other @ self.weight) + low.sin() @ self.weight
+            )
+
+    source = real(Odd)
+    graphopt.rewrite_checkpoint(empty(Odd), INPUT, stored(source, tmp_path), tmp_path / "out")
+    found, own = read(tmp_path / "out"), source.state_dict()
+    for name in ("weight", "unused", *(one for one in own if one.startswith("norm."))):
+        assert torch.equal(found[name], own[name])
+    product = (own["other"].double() @ own["weight"].double()).float()
+    assert (
+        sum(one.shape == product.shape and torch.equal(one, product) for one in found.values()) >= 1
+    )
+    assert len(found) >= 1 + 1 + 5 + 1
 
 
 def test_shards_are_as_large_as_asked_for(tmp_path: Path) -> None:
