@@ -30,11 +30,8 @@ EQUIVALENT = {
      "return number if number in (1.0, 1.0) else None"):
         f"a cast of a zero is not recognized any more: {_FEWER}",
     ("uniform", "if isinstance(op, (ops.Reshape, ops.Expand, ops.Permute, ops.Copy, ops.Detach)): "
-     "return uniform(op.input)  ->  if False: return uniform(op.input)"):
+     "return uniform(op.input, limit)  ->  if False: return uniform(op.input, limit)"):
         f"a view of a number is not recognized any more: {_FEWER}",
-    ("uniform", "if state.kind != 'constant' or not 0 < tensor.numel() <= 4096 or "
-     "tensor.is_complex():  ->  if state.kind != 'constant' or not 0 < tensor.numel() <= 4097 or "
-     "tensor.is_complex():"): "a limit of the work, not of the meaning",
     ("_merge", "isinstance(inner.right, float) and isinstance(inner.left, Value)  ->  "
      "isinstance(inner.left, Value)"): _ANY_TERM,
     ("_merge", "isinstance(inner.right, float) and isinstance(inner.left, Value)  ->  "
@@ -131,10 +128,10 @@ EQUIVALENT = {
         f"a bias along the first axis is not recognized: {_FEWER}",
     ("uniform", "if operand.node.op == 'get_attr': state = operand.builder.graph.states[str("
      "operand.node.target)] tensor = state.tensor if state.kind != 'constant' or not 0 < "
-     "tensor.numel() <= 4096 or tensor.is_complex(): return None first = tensor.flatten()[0] return "
+     "tensor.numel() <= limit or tensor.is_complex(): return None first = tensor.flatten()[0] return "
      "float(first) if bool((tensor == first).all()) else None  ->  if False: state = "
      "operand.builder.graph.states[str(operand.node.target)] tensor = state.tensor if state.kind != "
-     "'constant' or not 0 < tensor.numel() <= 4096 or tensor.is_complex(): return None first = "
+     "'constant' or not 0 < tensor.numel() <= limit or tensor.is_complex(): return None first = "
      "tensor.flatten()[0] return float(first) if bool((tensor == first).all()) else None"):
         f"a stored number is not recognized: {_FEWER}",
     ("_merge", "rw.match(rw.only_user(inner, outer) and inner.left.dtype == outer.out.dtype)  ->  "
