@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from graphopt.backends.calls import arguments, spread
+
 aten = torch.ops.aten
 QUANTIZE = "quantized_decomposed::quantize_per_tensor"
 DEQUANTIZE = "quantized_decomposed::dequantize_per_tensor"
@@ -111,7 +113,7 @@ class Integers:
             return
         where: list[Any] = []
         if convolution:
-            where = [spread(given[one]) for one in ("stride", "padding", "dilation")]
+            where = [spread(given[one], 2) for one in ("stride", "padding", "dilation")]
             packed = torch.ops.onednn.qconv_prepack(
                 weight.codes, weight.scale, source.scale, source.zero, *where, groups, list(shape)
             )
@@ -231,8 +233,8 @@ class Integers:
         if name_of(moved) != "aten::max_pool2d":
             return self.graph.call_function(moved.target, (codes, *moved.args[1:]), moved.kwargs)  # type: ignore[arg-type]
         given = arguments(moved)
-        sizes = {one: spread(given[one]) for one in ("kernel_size", "padding", "dilation")}
-        stride = spread(given["stride"]) if given["stride"] else sizes["kernel_size"]
+        sizes = {one: spread(given[one], 2) for one in ("kernel_size", "padding", "dilation")}
+        stride = spread(given["stride"], 2) if given["stride"] else sizes["kernel_size"]
         return self.graph.call_function(
             torch.ops.quantized.max_pool2d.default,
             (codes, sizes["kernel_size"], stride, sizes["padding"], sizes["dilation"],
@@ -242,22 +244,6 @@ class Integers:
 
 def name_of(node: fx.Node) -> str:
     return str(node.target._schema.name) if hasattr(node.target, "_schema") else ""
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included."""
-    found = {}
-    for position, one in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        default = one.default_value if one.has_default_value() else None
-        found[one.name] = (
-            node.args[position] if position < len(node.args) else node.kwargs.get(one.name, default)
-        )
-    return found
-
-
-def spread(sizes: Any) -> list[int]:
-    found: list[int] = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
-    return found * 2 if len(found) == 1 else found
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.backends.base import Backend
+from graphopt.backends.calls import arguments, spread
 from graphopt.backends.frozen import Frozen, state
 from graphopt.backends.inductor import plain
 from graphopt.backends.integers import Integers
@@ -162,7 +163,7 @@ class _Packer:
         return self.graph.create_node("get_attr", name)
 
     def _convolution(self, node: fx.Node) -> None:
-        given = _arguments(node)
+        given = arguments(node)
         weight, kind = self._weight(given["weight"]), self.kinds.get(given["input"])
         if (
             weight is None
@@ -174,7 +175,7 @@ class _Packer:
         rank = weight.ndim - 2
         if len(kind[0]) != weight.ndim:  # without a batch
             return
-        where = [_spread(given[name], rank) for name in ("padding", "stride", "dilation")]
+        where = [spread(given[name], rank) for name in ("padding", "stride", "dilation")]
         groups = given["groups"]
         last, activation, other = self._followed(node, sums=True)
         with self.graph.inserting_before(last):
@@ -207,14 +208,14 @@ class _Packer:
         self._replace(last, new)
 
     def _linear(self, node: fx.Node) -> None:
-        given = _arguments(node)
+        given = arguments(node)
         weight = self._weight(given["weight"])
         if weight is not None:
             self._map(node, given["input"], given["weight"], weight, given["bias"])
 
     def _product(self, node: fx.Node) -> None:
         """x W (+ b) for a matrix W [in, out]. A sum behind it stays: measured, oneDNN adds no faster."""
-        given = _arguments(node)
+        given = arguments(node)
         found = given.get("mat2", given.get("other"))
         source = given.get("mat1", given["self"])
         weight = self._weight(found)
@@ -309,22 +310,6 @@ class _Packer:
                     )
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included."""
-    found = {}
-    for position, one in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        default = one.default_value if one.has_default_value() else None
-        found[one.name] = (
-            node.args[position] if position < len(node.args) else node.kwargs.get(one.name, default)
-        )
-    return found
-
-
-def _spread(sizes: Any, rank: int) -> list[int]:
-    found: list[int] = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
-    return found * rank if len(found) == 1 else found
-
-
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -336,16 +321,16 @@ def _unary(node: fx.Node) -> Unary | None:
     if node.target in _PLAIN:
         return Unary(_PLAIN[node.target])
     if node.target is aten.gelu.default:
-        return Unary("gelu", (), str(_arguments(node)["approximate"]))
+        return Unary("gelu", (), str(arguments(node)["approximate"]))
     if node.target is aten.leaky_relu.default:
-        return Unary("leaky_relu", (_arguments(node)["negative_slope"],))
+        return Unary("leaky_relu", (arguments(node)["negative_slope"],))
     if node.target is aten.hardtanh.default:
-        given = _arguments(node)
+        given = arguments(node)
         return Unary("hardtanh", (given["min_val"], given["max_val"]))
     if node.target is aten.relu6.default:
         return Unary("hardtanh", (0.0, 6.0))
     if node.target is aten.clamp.default:
-        given = _arguments(node)
+        given = arguments(node)
         limits = given["min"], given["max"]
         if all(isinstance(one, (int, float)) for one in limits):
             return Unary("hardtanh", limits)

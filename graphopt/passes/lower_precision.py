@@ -98,12 +98,7 @@ class LowerPrecision(Pass):
 
     def _unfit(self, graph: Graph) -> str:
         """Why a graph is not to be narrowed; empty if it is."""
-        dtypes = {
-            one.dtype for node in graph.nodes for one in tensors_of(node) if one.is_floating_point()
-        }
-        if other := sorted(str(one).removeprefix("torch.") for one in dtypes - {WIDE}):
-            return f"the model computes in {', '.join(other)} too, expected float32 alone"
-        return "" if self.force else unsupported(graph.device)
+        return mixed(graph) or ("" if self.force else unsupported(graph.device))
 
     def _errors(self, session: Session, result: Graph) -> tuple[float, float]:
         """Of the graph and of `result`, both against the graph in float64, the largest over batches."""
@@ -122,6 +117,15 @@ class LowerPrecision(Pass):
             for place, other in enumerate((graph, result)):
                 worst[place] = max(worst[place], distance(_outputs(other, one), truth))
         return worst[0], worst[1]
+
+
+def mixed(graph: Graph) -> str:
+    """What a graph computes in beside float32; empty if nothing."""
+    dtypes = {
+        one.dtype for node in graph.nodes for one in tensors_of(node) if one.is_floating_point()
+    }
+    other = sorted(str(one).removeprefix("torch.") for one in dtypes - {WIDE})
+    return f"the model computes in {', '.join(other)} too, expected float32 alone" if other else ""
 
 
 def unsupported(device: str) -> str:

@@ -34,8 +34,7 @@ from graphopt.ir.driver import Record, Session, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter
 from graphopt.passes.base import Pass, PassError
-from graphopt.passes.lower_precision import METRIC, distance
-from graphopt.passes.precision.narrowing import WIDE, tensors_of
+from graphopt.passes.lower_precision import METRIC, distance, mixed
 from graphopt.passes.pruning.evidence import EvidenceError, batches, example
 from graphopt.passes.quantizing.equalizing import equalized
 from graphopt.passes.quantizing.observing import Noise, noise, ranges
@@ -116,12 +115,7 @@ class Quantize(Pass):
 
     def _unfit(self, graph: Graph) -> str:
         """Why a graph is not to be quantized; empty if it is."""
-        dtypes = {
-            one.dtype for node in graph.nodes for one in tensors_of(node) if one.is_floating_point()
-        }
-        if other := sorted(str(one).removeprefix("torch.") for one in dtypes - {WIDE}):
-            return f"the model computes in {', '.join(other)} too, expected float32 alone"
-        return "" if self.force else unsupported(graph.device)
+        return mixed(graph) or ("" if self.force else unsupported(graph.device))
 
     def _inputs(self, session: Session) -> list[list[Any]]:
         graph = session.graph

@@ -171,9 +171,7 @@ def _narrowed(found: Any, kept: Any) -> Any:
         return found
     sizes, strides, step = list(found.shape), list(found.stride()), 1
     for axis, entries in kept.items():
-        part = Fraction(
-            len(entries), hint(sizes[axis])
-        )  # of a size that may be a multiple of a symbol
+        part = Fraction(len(entries), hint(sizes[axis]))  # the size may be a multiple of a symbol
         sizes[axis] = sizes[axis] * part.numerator // part.denominator
     for axis in sorted(range(found.ndim), key=lambda one: (hint(found.stride(one)), -one)):
         strides[axis] = step
