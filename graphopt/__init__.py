@@ -1,47 +1,41 @@
 """graphopt: the optimizing compiler for trained PyTorch models.
 
 fast = graphopt.optimize(model, (x,))
+
+The public names are those of `graphopt.face`. They are imported with the first use of one of them: torch
+takes seconds to load, and neither `graphopt --help` nor the completion of a shell needs it.
 """
 
-from graphopt.adaptation import (
-    AdaptError as AdaptError,
-    adapt_norm as adapt_norm,
-)
-from graphopt.artifact import ArtifactError as ArtifactError, load as load
-from graphopt.bisect import BisectError as BisectError, Bisection as Bisection, bisect as bisect
-from graphopt.channels import channel_groups as channel_groups
-from graphopt.export import Export as Export, export as export
-from graphopt.filecheck import ExportError as ExportError
-from graphopt.fleet.checkpoint import rewrite_checkpoint as rewrite_checkpoint
-from graphopt.fleet.mapped import CheckpointError as CheckpointError
-from graphopt.ir.contracts import (
-    Algebraic as Algebraic,
-    Calibrated as Calibrated,
-    Exact as Exact,
-    Masked as Masked,
-)
-from graphopt.ir.pattern import rewrite_from as rewrite_from
-from graphopt.ir.rewrite import Rewriter as Rewriter, rewrite as rewrite
-from graphopt.ir.source import CaptureError as CaptureError
-from graphopt.ir.variants import NotAVariant as NotAVariant
-from graphopt.module import InputError as InputError, OptimizedModule as OptimizedModule
-from graphopt.multi import multi as multi
-from graphopt.optimize import declared_inputs as declared_inputs, optimize as optimize
-from graphopt.passes.base import Pass as Pass, PassError as PassError, RewritePass as RewritePass
-from graphopt.pipeline import Pipeline as Pipeline, PipelineError as PipelineError
-from graphopt.pruned import NotExpressible as NotExpressible, prune_module as prune_module
-from graphopt.report import Report as Report, Story as Story, UnknownModule as UnknownModule
-from graphopt.streaming import (
-    Streaming as Streaming,
-    StreamingError as StreamingError,
-    streaming as streaming,
-)
-from graphopt.training.swaps import (
-    SwapError as SwapError,
-    swap_attention as swap_attention,
-    swap_norm as swap_norm,
-)
-from graphopt.verify.compare import Comparison as Comparison, verify as verify
-from graphopt.verify.side import VerifyError as VerifyError
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.face import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+class _Package(ModuleType):
+    """Functions win over submodules of the same name, such as `graphopt.optimize`, whichever came first:
+    the import system's binding of a submodule is left out, and names are looked up in the face first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(value, "__name__", "") != f"{self.__name__}.{name}":
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            face = importlib.import_module(f"{self.__name__}.face")
+            for among, key in ((vars(face), name), (sys.modules, f"{self.__name__}.{name}")):
+                if key in among:
+                    return among[key]
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        face = importlib.import_module(f"{self.__name__}.face")
+        return sorted({*super().__dir__(), *(name for name in vars(face) if name[0] != "_")})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -64,7 +64,8 @@ class StoredGraph(Section):
 
 
 class Manifest(Section):
-    """`bytes` and `sha256` of every file; `seal` is the sha256 of the manifest without it."""
+    """`bytes` and `sha256` of every file; `seal` is the sha256 of the manifest without it; `provenance` has
+    the modules that the nodes of the graph stand for, see `artifact_data.provenance`."""
 
     format: int
     torch: str
@@ -73,6 +74,7 @@ class Manifest(Section):
     report: dict[str, Any]
     seal: str
     build: dict[str, Any] | None = None
+    provenance: dict[str, list[str]] = {}
 
 
 def check_graph(text: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -112,6 +114,15 @@ def check_graph(text: str, tensors: Mapping[str, torch.Tensor]) -> None:
     known = {*pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE, *graph.signature.named_tuples}
     for spec in (graph.signature.in_spec, graph.signature.out_spec):
         check_structure(json.loads(spec)[1], known)
+
+
+def check_provenance(found: Mapping[str, list[str]], nodes: Iterable[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: if it is of other nodes than the graph has.
+    """
+    if unknown := found.keys() - {one["name"] for one in nodes}:
+        raise ValueError(f"provenance of {min(unknown)!r:.80}, which is no node")
 
 
 def check_signature(signature: Signature, nodes: Iterable[dict[str, Any]]) -> None:

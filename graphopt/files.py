@@ -80,8 +80,13 @@ def write(path: Path, text: str) -> None:
 
 
 def replace(work: Path, target: Path) -> None:
-    """Put the directory `work` in the place of `target`, on the same disk. Killed at any moment, the old
-    one is there or the new one, where the system can exchange directories (Linux, macOS)."""
+    """Put the file or directory `work` in the place of `target`, on the same disk. Killed at any moment, the
+    old one is there or the new one; of directories, where the system can exchange them (Linux, macOS)."""
+    if work.is_file():
+        _settle(work)
+        os.replace(work, target)
+        _settle(target.parent)
+        return
     for one in work.iterdir():
         with open(one, "rb") as file:
             os.fsync(file.fileno())

@@ -23,6 +23,7 @@ from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.lint import lint
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.laws import laws_of
+from graphopt.memory import give_back
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.progress import followed
@@ -294,6 +295,7 @@ def run_pipeline(
     report.after, report.ops_after = cost(graph, full), listing(graph, full)
     for state in graph.states.values():
         state.exact = None
+    give_back()
     same = report.check.float64_error <= options.float64_limit and not truth.random
     # What rounds more than the source is judged by its own rounding from here on.
     coarser = report.check.error > FACTOR * report.check.source_error

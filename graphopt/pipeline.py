@@ -20,6 +20,7 @@ from typing import Any
 
 from graphopt.ir.driver import Session
 from graphopt.ir.lint import lint
+from graphopt.memory import give_back
 from graphopt.passes.base import (
     Pass,
     PassError,
@@ -93,8 +94,10 @@ class Pipeline:
             if progress is not None:
                 progress(stage.text)
             start, checking = time.perf_counter(), session.validation_seconds
-            session.pass_name = stage.run.name or stage.text
+            session.pass_name, before = stage.run.name or stage.text, len(session.applied)
             stage.run.run(session)
+            if len(session.applied) > before:
+                give_back()
             lint(session.graph, stage.text)
             spent = time.perf_counter() - start - (session.validation_seconds - checking)
             seconds.append((stage.text, spent))

@@ -47,13 +47,15 @@ class Timing:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, clock: Clock = time.perf_counter
-) -> dict[str, Timing]:
+    calls: Mapping[str, Callable[[], Any]], seconds: float, clock: Clock = time.perf_counter,
+    race: bool = True,
+) -> dict[str, Timing]:  # fmt: skip
     """The timing of every callable; all have one round at least, and no round starts that would go
     beyond `seconds`.
 
     A callable whose best round takes more than `SLOWER` times the leader's median has no further ones.
-    Measuring ends when one is left, when the order is stable, or after `MOST` rounds.
+    Measuring ends when one is left, when the order is stable, or after `MOST` rounds. Without `race` all
+    go on to the end, which is the time or `MOST` rounds.
     """
     start = clock()
     timings = {name: Timing() for name in calls}
@@ -75,10 +77,10 @@ def measure(
         leader = min(names, key=lambda one: timings[one].median)
         leaders.append(leader)
         limit = SLOWER * timings[leader].median
-        if number > 0:
+        if number > 0 and race:
             names = [one for one in names if min(timings[one].rounds) <= limit]
         over = clock() - start + spent > seconds
-        if over or len(names) == 1 or _stable(leaders, names, timings):
+        if over or (race and (len(names) == 1 or _stable(leaders, names, timings))):
             break
     return timings
 

@@ -2,6 +2,7 @@
 its place.
 
     build/NAME.gopt/      graph.json, weights.safetensors, manifest.json; exports beside them
+                          (build/NAME.gopt.zip with archive = true)
     build/NAME.json       the report, with all that is measured and differs from run to run: times
     build/NAME.html       the same as one page, for people
 
@@ -159,7 +160,7 @@ def _build(
     file: File, given: Given, target: Target, pipeline: Pipeline, output: Path, about: dict[str, Any],
     expected: dict[str, str] | None, say: Say,
 ) -> Built:  # fmt: skip
-    place = output / f"{target.name}.gopt"
+    place = output / f"{target.name}.gopt{'.zip' if file.config.build.archive else ''}"
     try:
         artifact.check_place(place)
     except artifact.ArtifactError as error:
@@ -178,8 +179,9 @@ def _build(
         except artifact.ArtifactError as error:
             raise Violated(f"{target.name} cannot be stored: {error}") from error
         say(f"{target.name}: comparing what is stored with the source")
-        found = _verified(file, given, fast, stored)
-        size = sum(one.stat().st_size for one in stored.rglob("*") if one.is_file())
+        found = _verified(file, given, target, fast, stored)
+        among = stored.rglob("*") if stored.is_dir() else [stored]
+        size = sum(one.stat().st_size for one in among if one.is_file())
         digest = locking.hash_of(stored)
         result = Built(
             target.name, place, digest, max(one.float64_error for one in found),
@@ -285,7 +287,9 @@ def proofs(report: Report) -> dict[str, str]:
     return {name: "proved" if name in known else "checked at each site" for name in names}
 
 
-def _verified(file: File, given: Given, fast: OptimizedModule, stored: Path) -> list[Comparison]:
+def _verified(
+    file: File, given: Given, target: Target, fast: OptimizedModule, stored: Path
+) -> list[Comparison]:
     """What is stored, against the source on draws of inputs; against the optimized model where the source is
     not what it promises to equal.
 
@@ -311,9 +315,9 @@ def _verified(file: File, given: Given, fast: OptimizedModule, stored: Path) -> 
         try:
             one = verify(source, loaded, args or None, kwargs or None, limit=limit, locate=False)
         except VerifyError as error:
-            raise Violated(f"{stored.stem}: {error}") from error
+            raise Violated(f"{target.name}: {error}") from error
         if not one.ok:
-            raise Violated(f"{stored.stem}: {one.check.reason}")
+            raise Violated(f"{target.name}: {one.check.reason}")
         found.append(one)
     return found
 

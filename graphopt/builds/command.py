@@ -8,12 +8,24 @@ from typing import Annotated
 
 import typer
 
-BUILD_EPILOG = """Examples: graphopt build; graphopt build deploy.toml --dry-run; graphopt build --locked
+from graphopt.commands.shared import SOURCE, epilog
 
-Exit codes: 0 built and verified; 2 the configuration or a file it names cannot be used; 3 the model is not
-captured; 4 a contract is violated; 5 over a budget; 6 not what the lock file says; 7 not written."""
-INIT_EPILOG = (
-    "Examples: graphopt init torchvision:resnet50; graphopt init mine.models:net -o deploy.toml"
+BUILD_EPILOG = epilog(
+    """
+    graphopt build
+    graphopt build deploy.toml --dry-run
+    graphopt build --locked --target cpu --json
+    """,
+    {0: "built and verified", 2: "the configuration or a file it names cannot be used",
+     3: "the model is not captured", 4: "a contract is violated", 5: "over a budget",
+     6: "not what the lock file says", 7: "not written"},
+)  # fmt: skip
+INIT_EPILOG = epilog(
+    """
+    graphopt init torchvision:resnet50
+    graphopt init mine.models:net -o deploy.toml
+    """,
+    {0: "written", 2: "the source cannot be loaded, or the file exists"},
 )
 
 CONFIG = typer.Argument(help="The configuration; see docs/build.md.")
@@ -92,7 +104,8 @@ def _plan(config: Path, only: list[str] | None, as_json: bool) -> str:
             f"dimension  {name}: {size.min} to {size.max or 'any'}, captured with {size.example}"
         )
     for target, pipeline in chosen:
-        lines.append(f"target     {target.name} -> {found.build.output}/{target.name}.gopt")
+        suffix = ".gopt.zip" if found.build.archive else ".gopt"
+        lines.append(f"target     {target.name} -> {found.build.output}/{target.name}{suffix}")
         lines.append(f"  passes   {pipeline.text}")
         lines.append(
             f"  backend  {target.backend}{f', {target.precision}' if target.precision else ''}"
@@ -108,7 +121,7 @@ def _plan(config: Path, only: list[str] | None, as_json: bool) -> str:
 
 
 def init(
-    source: Annotated[str, typer.Argument(help="A model, as for graphopt optimize.")],
+    source: Annotated[str, SOURCE],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Write the configuration here.")
     ] = Path("graphopt.toml"),

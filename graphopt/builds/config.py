@@ -112,6 +112,7 @@ class Build(Section):
 
     output: str = Field("build", description="a folder")
     lock: str = Field("graphopt.lock", description="a file")
+    archive: bool = Field(False, description="each artifact is one file, NAME.gopt.zip")
 
 
 class Config(Section):

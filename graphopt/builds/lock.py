@@ -94,12 +94,15 @@ def write(path: Path, lock: Lock) -> None:
     files.write(path, json.dumps({"format": FORMAT, **lock}, indent=1, sort_keys=True) + "\n")
 
 
-def hash_of(folder: Path) -> str:
-    """The sha256 of the names and bytes of all files in a folder."""
+def hash_of(artifact: Path) -> str:
+    """The sha256 of a file, or of the names and bytes of all files in a folder."""
+    if artifact.is_file():
+        with open(artifact, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for one in sorted(folder.rglob("*")):
+    for one in sorted(artifact.rglob("*")):
         if one.is_file():
             with open(one, "rb") as file:
                 inner = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{one.relative_to(folder).as_posix()} {inner}\n".encode())
+            digest.update(f"{one.relative_to(artifact).as_posix()} {inner}\n".encode())
     return digest.hexdigest()

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphopt.files import beside, replace
-from graphopt.fleet.mapped import INDEX, CheckpointError, Files, bounded
+from graphopt.fleet.mapped import CheckpointError, Files, bounded
+from graphopt.fleet.runners import connected
+from graphopt.fleet.shards import check_target, layout, renamed, write_index, write_shard
+from graphopt.fleet.spread import Recorded, Spread
 from graphopt.ir.capture import capture
 from graphopt.ir.driver import Record, Session
 from graphopt.ir.graph import Graph
@@ -73,7 +75,7 @@ def rewrite_checkpoint(
     *,
     passes: str | Pipeline = MERGE, across: bool = False, read_as: Sequence[tuple[str, str]] = (),
     write_as: Sequence[tuple[str, str]] = (), memory: int = 2 << 30, shard: int = 256 << 20,
-    validate: bool = True, progress: Callable[[str], None] | None = None,
+    validate: bool = True, progress: Callable[[str], None] | None = None, ray: str | None = None,
 ) -> Rewritten:  # fmt: skip
     """Run passes on the weights of a checkpoint, and write the result as another one.
 
@@ -94,39 +96,76 @@ def rewrite_checkpoint(
         shard: bytes of a file of the result at most, unless one tensor is larger.
         validate: check every site, which reads the weights about three times more.
         progress: called with a line of text at each step.
+        ray: the address of a Ray cluster whose nodes write the files of the result, each holding `memory` at
+            most; "auto" for the one that there is, "local" to start one. They must see the same paths.
 
     Raises:
         CheckpointError: if names or shapes do not fit, a needed tensor is in no file, or a result would
             have to be computed from what has no value.
         CaptureError: if the model is not captured as one graph.
+        ConfigError: if Ray is not installed, or there is no cluster at the address.
     """
     target, say = Path(output), progress or (lambda _: None)
-    if target.exists() and not (target / f"model.safetensors{INDEX}").is_file():
-        raise CheckpointError(f"{target} exists and is no sharded checkpoint; not overwriting it")
-    pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    args, kwargs = as_call(inputs, None)
-    files = Files(weights)
-    with bounded(files, memory):
-        assign(model, files, read_as)
+    check_target(target)
+    places = tuple(os.path.abspath(one) for one in weights)
+    task = Task(model, inputs, places, passes, across, tuple(read_as), memory)
+    with ExitStack() as stack:
+        spread = None
+        if ray is not None:
+            say("connecting")
+            spread = Spread(stack.enter_context(connected(ray)), task)
+        files = Files(places)
+        stack.enter_context(bounded(files, memory))
+        found, session, verdicts = task.done(files, SiteValidator if validate else None, say)
+        shards = layout(found.sizes(), shard, write_as)
+        work = stack.enter_context(beside(target))
+        os.chmod(work, 0o755)
+        if spread is not None:
+            spread.write(shards, work, verdicts, found.told(), say)
+        else:
+            for one in shards:
+                say(f"writing {one.file}")
+                write_shard(one, found.value, work)
+        write_index(shards, work)
+        replace(work, target)
+    return Rewritten(
+        target, tuple(one.file for one in shards), len(found.expressions), len(found.copies),
+        session.applied, session.remaining_refusals(), session.rolled_back,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that decides the weights of the result; the same in every process."""
+
+    model: nn.Module
+    inputs: Any
+    weights: tuple[str, ...]
+    passes: str | Pipeline
+    across: bool
+    read_as: tuple[tuple[str, str], ...]
+    memory: int
+
+    def done(
+        self, files: Files, validator: Callable[[Graph, list[Any]], Any] | None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> tuple[Result, Session, list[Any] | None]:  # fmt: skip
+        """The result, nothing of which is computed yet; the session, and what its checks said."""
+        pipeline = self.passes if isinstance(self.passes, Pipeline) else Pipeline(self.passes)
+        args, kwargs = as_call(self.inputs, None)
+        assign(self.model, files, self.read_as)
         say("capturing")
-        graph = capture(model.eval(), args or (), kwargs).graph
+        graph = capture(self.model.eval(), args or (), kwargs).graph
         used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         unread = [name for name, one in graph.states.items() if one.saved and name not in used]
         leaves = pytree.tree_leaves(clone_inputs(args or (), dict(kwargs or {})))
-        if not across:
+        if not self.across:
             hold_foreign(graph, pipeline)
-        session = Session(graph, SiteValidator(graph, leaves) if validate else None)
+        recorded = None if validator is None else Recorded(validator(graph, leaves))
+        session = Session(graph, recorded)
         pipeline.run(session, say)
         session.validator = None
-        found = _Result(graph, unread)
-        with beside(target) as work:
-            os.chmod(work, 0o755)
-            shards = tuple(_written(found, work, shard, write_as, say))
-            replace(work, target)
-    return Rewritten(
-        target, shards, len(found.expressions), len(found.copies), session.applied,
-        session.remaining_refusals(), session.rolled_back,
-    )  # fmt: skip
+        return Result(graph, unread), session, None if recorded is None else recorded.verdicts
 
 
 def assign(model: nn.Module, files: Files, rename: Sequence[tuple[str, str]] = ()) -> None:
@@ -163,12 +202,6 @@ def assign(model: nn.Module, files: Files, rename: Sequence[tuple[str, str]] = (
         one.requires_grad_(False)
 
 
-def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def hold_foreign(graph: Graph, pipeline: Pipeline) -> None:
     """Keep states out of all expressions that would put them into the weights of another module: to
     passes they are like states that the model writes to. Found by a run without values."""
@@ -196,7 +229,7 @@ def _inside(state: str, weight: str) -> bool:
     return not module or f"{state}.".startswith(f"{module}.")
 
 
-class _Result:
+class Result:
     """The states of a rewritten graph: expressions that are to be evaluated, and copies. States that the
     model has and never reads are copied with the module that they belong to."""
 
@@ -233,6 +266,13 @@ class _Result:
         for name in sorted(found):
             yield name, found[name].numel() * found[name].element_size()
 
+    def told(self) -> str:
+        """All that the tensors are computed from and by, as text; it is the same in every process."""
+        lines = [
+            f"{name} = {cone_of(node)} {own}" for name, (node, own) in self.expressions.items()
+        ]
+        return "\n".join([*lines, *self.copies, *map(str, self.sizes())])
+
     def value(self, name: str) -> Tensor:
         if name not in self.expressions:
             return self.graph.states[name].tensor.detach()
@@ -244,42 +284,3 @@ class _Result:
             value = lifted.evaluate(twin)
         result: Tensor = value.detach().to(node.meta["val"].dtype)
         return result.contiguous()
-
-
-def _written(
-    found: _Result,
-    folder: Path,
-    limit: int,
-    write_as: Sequence[tuple[str, str]],
-    say: Callable[[str], None],
-) -> Iterator[str]:
-    """Write the shards and their index; their names."""
-    from safetensors.torch import save_file
-
-    parts: list[list[str]] = [[]]
-    room = limit
-    sizes = dict(found.sizes())
-    for name, size in sizes.items():
-        if size > room and parts[-1]:
-            parts.append([])
-            room = limit
-        parts[-1].append(name)
-        room -= size
-    where: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        say(f"writing {file}")
-        tensors: dict[str, Tensor] = {}
-        for name in part:
-            stored = renamed(name, write_as)
-            if stored in where:
-                raise CheckpointError(f"two tensors of the result are called {stored}")
-            where[stored] = file
-            tensors[stored] = found.value(name)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        os.chmod(folder / file, 0o644)
-        yield file
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-    (folder / f"model.safetensors{INDEX}").write_text(
-        json.dumps(index, indent=1, sort_keys=True) + "\n"
-    )

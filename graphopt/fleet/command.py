@@ -1,4 +1,4 @@
-"""The command `graphopt checkpoint`."""
+"""The commands `graphopt checkpoint` and `graphopt combine`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ EPILOG = (
     "Example: graphopt checkpoint mine.models:adapted --weights base/ --weights adapter.safetensors "
     "--read-as '^model=base_model.model.model' -o merged. See docs/fleet.md."
 )
+COMBINE_EPILOG = "Example: graphopt combine base/ --add tuned/=0.4 --add other/=-0.2 -o merged"
 UNITS = {
     "": 1,
     "KB": 10**3,
@@ -56,6 +57,8 @@ def checkpoint(
     memory: Annotated[str, typer.Option(help="What the process is to hold at most.")] = "2GB",
     shard: Annotated[str, typer.Option(help="Size of a file of the result.")] = "256MB",
     validate: Annotated[bool, typer.Option(help="Check every site in float64.")] = True,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Let a Ray cluster write the files: its "
+                                            "address, auto, or local to start one.")] = None,
 ) -> None:  # fmt: skip
     """Rewrite the weights of a checkpoint that may be larger than memory, tensor by tensor."""
     limits = size(memory), size(shard)
@@ -63,6 +66,7 @@ def checkpoint(
     from graphopt.progress import shown
 
     with shown("loading torch") as status:
+        from graphopt.builds.errors import BuildError
         from graphopt.fleet.checkpoint import MERGE, rewrite_checkpoint
         from graphopt.fleet.mapped import CheckpointError
         from graphopt.ir.source import CaptureError
@@ -76,9 +80,10 @@ def checkpoint(
             found = rewrite_checkpoint(
                 model, args or kwargs, weights, output, passes=passes or MERGE, across=across,
                 read_as=rules[0], write_as=rules[1], memory=limits[0], shard=limits[1],
-                validate=validate, progress=status,
+                validate=validate, progress=status, ray=ray,
             )  # fmt: skip
         except (
+            BuildError,
             CheckpointError,
             CaptureError,
             PassError,
@@ -89,3 +94,39 @@ def checkpoint(
             typer.echo(f"graphopt: {error}", err=True)
             raise typer.Exit(2) from None
     typer.echo(str(found))
+
+
+def term(text: str) -> tuple[str, float]:
+    """A checkpoint and its weight, from PATH=WEIGHT."""
+    path, _, weight = text.rpartition("=")
+    try:
+        found = path, float(weight)
+    except ValueError:
+        found = "", 0.0
+    if not found[0]:
+        raise typer.BadParameter(f"expected PATH=WEIGHT as in tuned/=0.4, found {text!r}")
+    return found
+
+
+def combine(
+    base: Annotated[str, typer.Argument(help="A safetensors file, an index, or a folder.")],
+    add: Annotated[list[str], typer.Option(metavar="PATH=WEIGHT", help="A checkpoint, and the weight of what "
+                                           "it has over the base; may be repeated.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for the result.")],
+    memory: Annotated[str, typer.Option(help="What the process is to hold at most.")] = "2GB",
+    shard: Annotated[str, typer.Option(help="Size of a file of the result.")] = "256MB",
+) -> None:  # fmt: skip
+    """Task arithmetic: base + sum of WEIGHT (checkpoint - base), in float64, tensor by tensor."""
+    limits, terms = (size(memory), size(shard)), [term(one) for one in add]
+    from graphopt.progress import shown
+
+    with shown("loading torch") as status:
+        from graphopt.fleet.arithmetic import combine as run
+        from graphopt.fleet.mapped import CheckpointError
+
+        try:
+            files = run(base, terms, output, memory=limits[0], shard=limits[1], progress=status)
+        except (CheckpointError, OSError) as error:
+            typer.echo(f"graphopt: {error}", err=True)
+            raise typer.Exit(2) from None
+    typer.echo(f"{output}: {len(files)} files")

@@ -12,6 +12,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import fx
 from graphopt.ir.contracts import Contract
 from graphopt.ir.cost import Target
 from graphopt.ir.graph import Graph, is_pure
+from graphopt.ir.ops import base
 from graphopt.ir.provenance import inherit, origins, unread
 from graphopt.ir.rewrite import Declined, Rewrite, RewriteError, Rewriter, article
 from graphopt.ir.value import Value
@@ -236,12 +238,17 @@ class Session:
             if node.op == "call_function"
         )  # fmt: skip
         queued = set(queue)
+
+        @cache
+        def candidates(target: Any) -> list[Rewrite]:
+            return [one for one in rewrites if base.may_be(target, one.roots)]
+
         while queue:
             node = queue.popleft()
             queued.discard(node)
             if node._erased:
                 continue
-            for one in rewrites:
+            for one in candidates(node.target):
                 again = self._attempt(one, node)
                 if again is None:
                     continue

@@ -71,14 +71,15 @@ class Interpreter:
             if node.op == "placeholder":
                 value = next(feed)
                 env[node] = lift(value) if self.lifted else value
-            elif node.op == "get_attr":
-                env[node] = self.state(str(node.target))
-            elif node.op == "output":
+            for used in node.all_input_nodes:
+                if used not in env:  # a state: lifted when it is read first, and not earlier
+                    env[used] = self.state(str(used.target))
+            if node.op == "output":
                 return tuple(fx.map_arg(node.args[0], lambda one: env[one]))
-            else:
+            if node.op == "call_function":
                 env[node] = self.call(node, env)
             for used in node.all_input_nodes:
-                if last[used] is node and used in env:
+                if last[used] is node:
                     del env[used]
         raise AssertionError("a graph without an output")
 
@@ -122,7 +123,7 @@ def lift_dtypes(argument: Any) -> Any:
     return argument
 
 
-MEMORY_LIMIT = 1 << 27  # bytes of values kept; older ones are computed again when needed
+MEMORY_LIMIT = 1 << 26  # bytes of values kept; older ones are computed again when needed
 
 
 class Evaluator:

@@ -32,7 +32,7 @@ from graphopt.ir.value import Value
 from graphopt.passes.base import Pass
 from graphopt.passes.requantize import round_again
 
-KEPT = 1 << 26  # bytes of values kept while they are computed from each other
+KEPT = 1 << 25  # bytes of values kept while they are computed from each other
 _VIEWS = (ops.Reshape, ops.Permute, ops.Expand, ops.Slice, ops.Select, ops.Detach, ops.Copy)
 _ROUNDING = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc", "aten::sign",
              "aten::fake_quantize_per_tensor_affine", "aten::fake_quantize_per_channel_affine"}  # fmt: skip
@@ -186,6 +186,8 @@ def rounding_of(exact: Callable[[], torch.Tensor], tensor: torch.Tensor) -> torc
         ArithmeticError: if it is not.
     """
     value = exact()
+    if torch.equal(value.to(tensor.dtype), tensor.detach()):
+        return value
     if tensor.is_floating_point() and tensor.numel():
         found, limits = lift(tensor.detach()), torch.finfo(tensor.dtype)
         allowed = limits.eps * value.abs() + 1e-12 * value.abs().max() + limits.tiny

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.files import write
 from graphopt.ir.cost import Cost
@@ -16,6 +16,11 @@ from graphopt.report.laws import Law
 from graphopt.report.plain import plain
 from graphopt.report.story import Listed, Story, tell
 from graphopt.verify.model import ModelCheck
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from graphopt.report.html import Framed
 
 SHOWN = 12  # refusals listed in the text; all are in the data
 
@@ -137,6 +142,12 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
+    def __rich__(self) -> Group:
+        """What `rich.print(report)` shows, and `graphopt optimize` on a terminal."""
+        from graphopt.report.terminal import rendered
+
+        return rendered(self)
+
     def to_html(self) -> str:
         """One page that needs no network and no other file: summary, both graphs, every rewrite with its
         contract and proof, cost by module, benchmarks; see docs/report.md."""
@@ -149,10 +160,17 @@ class Report:
         write(Path(path), self.to_html())
 
     def _repr_html_(self) -> str:
-        """A short summary for notebooks, without scripts."""
+        """A short summary for notebooks, without scripts; `in_notebook` shows all of it."""
         from graphopt.report.html import brief
 
         return brief(self)
+
+    def in_notebook(self, height: int = 800) -> Framed:
+        """The whole page in the output of a notebook's cell, `height` pixels high: as the last line of the
+        cell, or with `IPython.display.display`."""
+        from graphopt.report.html import Framed
+
+        return Framed(self.to_html(), height)
 
 
 def _lines(report: Report) -> list[str]:

@@ -20,13 +20,15 @@ from graphopt.ir.contracts import Contract, Exact
 from graphopt.ir.driver import Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, like, seeded
+from graphopt.memory import give_back
 from graphopt.verify import choices
 from graphopt.verify.bounds import Memory, Site
 from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
 from graphopt.verify.model import relative_error
 
-MEMORY_LIMIT = 1 << 27  # bytes of what sites have computed
+MEMORY_LIMIT = 1 << 26  # bytes of what sites have computed
+TRIM_EVERY = 16  # sites
 MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
 
@@ -35,6 +37,7 @@ class SiteValidator:
 
     def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
         self.graph, self.inputs = graph, inputs
+        self._checked = 0
         self.restart()
 
     def restart(self) -> None:
@@ -84,6 +87,9 @@ class SiteValidator:
             return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
         if verdict.ok:
             self._evaluator.keep(new, site.values[new])
+        self._checked += 1
+        if self._checked % TRIM_EVERY == 0:
+            give_back()
         return verdict
 
     def _evaluate(self, site: Site, old: fx.Node, new: fx.Node) -> Verdict | None:
@@ -114,7 +120,7 @@ class SiteValidator:
         if not self.graph.is_constant(node) or dtype is None or not dtype.is_floating_point:
             return None
         dense = value.to_dense() if value.is_sparse else value
-        size, limits = float(dense.abs().max()) if dense.numel() else 0.0, torch.finfo(dtype)
+        size, limits = largest(dense), torch.finfo(dtype)
         if math.isfinite(size) and (size > limits.max or 0 < size < limits.tiny):
             return Verdict(False, reason=f"{node.name} of size {size:.1e} does not fit {dtype}")
         return None
@@ -139,6 +145,16 @@ class SiteValidator:
             if not bitwise_equal(a, b):
                 return Verdict(False, reason="declared Exact, but the results differ bitwise")
         return Verdict(True, 0.0, 0.0)
+
+
+def largest(value: torch.Tensor) -> float:
+    """The largest absolute value; nan if there is one; zero of nothing."""
+    if not value.numel():
+        return 0.0
+    if value.is_complex():
+        return float(value.abs().max())
+    low, high = value.aminmax()  # makes no copy, as abs does
+    return max(-float(low), float(high))
 
 
 def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:

@@ -346,12 +346,12 @@ def test_a_limit_is_kept_while_more_is_read(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(real(), tmp_path)
     here = "from tests.fleet.test_checkpoint import INPUT, empty"
-    (tmp_path / "mine.py").write_text(f"{here}\n\ndef net():\n    return empty(), (INPUT,)\n")
+    (tmp_path / "adapted_here.py").write_text(f"{here}\n\ndef net():\n    return empty(), (INPUT,)\n")
     monkeypatch.chdir(tmp_path)
 
     def run(*more: str) -> Any:
         files = ("--weights", "part0.safetensors", "--weights", "part1.safetensors")
-        return CliRunner().invoke(app, ["checkpoint", "mine:net", *files, *more])
+        return CliRunner().invoke(app, ["checkpoint", "adapted_here:net", *files, *more])
 
     done = run("-o", "out", "--write-as", "^=model.")
     assert done.exit_code == 0, done.output

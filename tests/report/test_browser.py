@@ -20,12 +20,16 @@ import torch
 import graphopt
 from graphopt.report import Report
 from graphopt.report.story import Listed
+from graphopt.sources import load_source
 from tests.report.test_html import HOSTILE, model
 
 if not importlib.util.find_spec("PyQt6") or not importlib.util.find_spec("PyQt6.QtWebEngineCore"):
     pytest.skip("no browser: pip install PyQt6-WebEngine", allow_module_level=True)
 
 DRIVER = Path(__file__).parent / "browser.py"
+PICTURES = os.environ.get(
+    "GRAPHOPT_PICTURES"
+)  # a folder that the screenshots of docs/report.md go to
 SIZES = [(1280, 900), (390, 844)]
 SCHEMES = {"light": 1, "dark": 0}  # Chromium's numbers
 OVERFLOW = "document.documentElement.scrollWidth <= window.innerWidth"
@@ -72,6 +76,40 @@ def test_nothing_overflows_and_both_schemes_are_painted(page, scheme, tmp_path):
     light = min(map(int, paint.removeprefix("rgb(").removesuffix(")").split(","))) > 128
     assert light == (scheme == "light")
     assert (tmp_path / "390.png").stat().st_size > 5000
+
+
+def test_the_whole_page_works_in_a_notebook(report, tmp_path):
+    """In a frame without rights, which keeps others out too; the same with rights tells what is inside."""
+    framed = report.in_notebook(700)._repr_html_()
+    frame = "document.querySelector('iframe')"
+    found = []
+    for text in (framed, framed.replace('sandbox="allow-scripts"', "")):
+        (tmp_path / "cell.html").write_text(f"<!doctype html><meta charset=utf-8>{text}")
+        found += browse(tmp_path / "cell.html", [
+            ["run", f"[{frame}.clientHeight, {frame}.clientWidth > 1000, {frame}.contentDocument === null]"],
+            ["run", f"{frame}.contentDocument?.querySelectorAll('#drawing-before .module').length"],
+        ])  # fmt: skip
+    closed, _, opened, drawn = found
+    assert closed == [700, True, True] and opened == [700, True, False] and drawn > 0
+
+
+@pytest.mark.skipif(not PICTURES, reason="GRAPHOPT_PICTURES names no folder")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_pictures_of_the_documentation(scheme, tmp_path):
+    model, args, _ = load_source("torchvision:resnet18")
+    graphopt.optimize(model, args).report.save_html(tmp_path / "report.html")
+    for name, (width, height) in zip(("desktop", "phone"), SIZES, strict=True):
+        picture = Path(str(PICTURES)) / f"report-{name}-{scheme}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        graph = picture.with_name(f"report-graph-{name}-{scheme}.png")
+        (drawn,) = browse(tmp_path / "report.html", [
+            ["size", width, height], ["shot", str(picture)],
+            ["run", "document.getElementById('graph').scrollIntoView(); "
+                    "document.querySelectorAll('#drawing-before .op').length"],
+            ["shot", str(graph)],
+        ], scheme)  # fmt: skip
+        assert drawn > 0
+        assert all(5_000 < one.stat().st_size < 250_000 for one in (picture, graph))
 
 
 def test_the_theme_button_wins_over_the_system(page):

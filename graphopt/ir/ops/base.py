@@ -208,6 +208,11 @@ def view(node: fx.Node, builder: Builder) -> Op | None:
     return None
 
 
+def may_be(target: Any, classes: tuple[type[Op], ...]) -> bool:
+    """Whether some call of `target` has a view of one of these classes."""
+    return any(issubclass(cls, classes) for cls in TABLE.get(target, ()))
+
+
 _EXAMPLE: ContextVar[Mapping[Any, int]] = ContextVar("sizes of the example", default={})  # noqa: B039
 
 

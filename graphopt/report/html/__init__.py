@@ -8,6 +8,7 @@ policy allows this script and this style alone, by their hashes.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,21 @@ def brief(report: Report) -> str:
     return _environment().get_template("brief.html.jinja").render(
         report=report, groups=sections.groups(report), **_summary(report)
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed:
+    """A page in a frame of another one. It has no access to that one, nor to what a browser keeps for it."""
+
+    page: str
+    height: int
+
+    def _repr_html_(self) -> str:
+        framed = Markup(
+            '<iframe sandbox="allow-scripts" srcdoc="{}" title="graphopt report" '
+            'style="width: 100%; height: {}px; border: 1px solid #8888"></iframe>'
+        ).format(self.page, int(self.height))
+        return str(framed)
 
 
 def _summary(report: Report) -> dict[str, Any]:
