@@ -85,7 +85,8 @@ class OptimizedModule(nn.Module):
         return tuple(getattr(self._run, "kernels", ()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model as one artifact directory; see `graphopt.artifact`."""
+        """Write the model as one artifact, a directory, or one file if the name ends in .zip; see
+        `graphopt.artifact`."""
         from graphopt.artifact import save
 
         save(self, path)

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent / "graphopt"
 ABOVE_IR = {"passes", "backends", "verify", "report", "testing"}
 TOP = {"optimize", "regional", "cli", "module", "artifact", "sources", "pipeline", "bisect",
        "reproducer", "dynamo", "export", "filecheck", "pruned", "training", "adaptation",
-       "builds", "fleet", "laws",
-       "artifact_check"}  # fmt: skip
+       "builds", "fleet", "laws", "commands", "face", "signing",
+       "artifact_check", "artifact_data", "artifact_zip"}  # fmt: skip
 FORBIDDEN = {
     "ir": ABOVE_IR | TOP,
     "passes": {"backends", "verify", "report", "testing"} | TOP,

@@ -29,9 +29,10 @@ from typing import Any
 from graphopt import artifact
 from graphopt.backends.base import BackendError, find
 from graphopt.builds import lock as locking
-from graphopt.builds.config import File, Target, nearest, read
+from graphopt.builds.config import File, Target, read
 from graphopt.builds.errors import BuildError, NotCaptured, NotWritten, OverBudget, Violated
 from graphopt.builds.given import Given, draw, load
+from graphopt.builds.toml import nearest
 from graphopt.export import SUFFIXES
 from graphopt.filecheck import ExportError
 from graphopt.files import beside, replace, write
@@ -97,7 +98,7 @@ def build(
     versions = locking.versions(config)
     if lock is not None:
         locking.compare(lock_path, "versions", lock["versions"], versions)
-    with _importable(file.folder), warnings.catch_warnings():
+    with importable(file.folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         say("loading the model")
         given = load(file)
@@ -211,7 +212,7 @@ def _optimized(
     try:
         fast = optimize(
             given.model, given.args or None, given.kwargs or None, mode=target.mode,
-            passes=_measured_on(pipeline, given.data),
+            passes=measured_on(pipeline, given.data),
             backend=target.backend, precision=target.precision, progress=say,
             data=given.data if target.precision else (), dynamic_shapes=given.dynamic_shapes,
         )  # fmt: skip
@@ -245,7 +246,7 @@ def _optimized(
     return fast
 
 
-def _measured_on(pipeline: Pipeline, data: Sequence[tuple[Any, Any]]) -> Pipeline:
+def measured_on(pipeline: Pipeline, data: Sequence[tuple[Any, Any]]) -> Pipeline:
     """The same pipeline; passes that are measured on data get it."""
     found = copy.copy(pipeline)
     found.stages = tuple(
@@ -340,7 +341,7 @@ def _within_budget(target: Target, result: Built, fast: OptimizedModule) -> None
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Callables of a configuration are looked for beside it first."""
     sys.path.insert(0, str(folder))
     try:

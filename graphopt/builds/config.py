@@ -6,29 +6,18 @@ the folder of the file.
 
 from __future__ import annotations
 
-import difflib
 import math
-import tomllib
-import typing
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from graphopt.builds.errors import ConfigError
+from graphopt.builds import toml
+from graphopt.builds.toml import Location, Section, nearest
 
-Location = tuple[str | int, ...]
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
           "complex64", "complex128")  # fmt: skip
-LARGEST = 1 << 20  # bytes of a configuration
 MOST = 1 << 31  # elements of an input
-
-
-class Section(BaseModel):
-    """A table of the file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -103,7 +92,7 @@ class Target(Section):
     passes: str | None = Field(None, description="a pipeline; by default that of the mode")
     backend: str = "eager"
     precision: Literal["bf16", "int8"] | None = None
-    export: list[Literal["onnx", "openvino", "pt2", "aotinductor"]] = []
+    export: list[Literal["onnx", "openvino", "pt2", "aotinductor"]] = Field(default_factory=list)
     budget: Budget = Budget()
 
 
@@ -119,35 +108,20 @@ class Config(Section):
     """The whole file."""
 
     model: Model
-    inputs: dict[str, Input] = {}
-    dimensions: dict[str, Dimension] = {}
+    inputs: dict[str, Input] = Field(default_factory=dict)
+    dimensions: dict[str, Dimension] = Field(default_factory=dict)
     calibration: Calibration | None = None
     verify: Verify = Verify()
     build: Build = Build()
     targets: list[Target] = Field(default=[Target()], min_length=1)
 
 
-class File:
+class File(toml.File[Config]):
     """A configuration that was read, and where in the file everything is."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
-        self.folder = path.resolve().parent
-        try:
-            self.data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _not_toml(path, text, error) from None
-        try:
-            self.config = Config.model_validate(self.data)
-        except ValidationError as error:
-            raise self.error(*_said(error.errors(include_url=False)[0], self.data)) from None
-        self._check()
+    schema = Config
 
-    def error(self, where: Location, message: str) -> ConfigError:
-        line = line_of(self.text, where)
-        return ConfigError(f"{self.path}:{line}: {spelled(where)}: {message}")
-
-    def _check(self) -> None:
+    def check(self) -> None:
         """What concerns several keys."""
         config, names = self.config, set()
         paths = {("model", "source"): config.model.source, ("model", "weights"): config.model.weights,
@@ -214,10 +188,6 @@ class File:
         known = self.config.dimensions.get(dimension)
         return 2 if known is None else known.example
 
-    def within(self, path: str) -> Path:
-        """A path of the file, which is relative to its folder."""
-        return self.folder / path
-
 
 def read(path: Path) -> File:
     """The configuration in a file.
@@ -225,145 +195,4 @@ def read(path: Path) -> File:
     Raises:
         ConfigError: naming the line, what was expected and what was found.
     """
-    try:
-        if path.stat().st_size > LARGEST:
-            raise ConfigError(f"{path}: more than {LARGEST >> 20} MiB, which is no configuration")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    return File(path, text)
-
-
-# -- errors -------------------------------------------------------------------------------------
-
-
-def _not_toml(path: Path, text: str, error: Exception) -> ConfigError:
-    """The parser puts the place last: "... (at line 3, column 5)"."""
-    if isinstance(error, RecursionError):
-        return ConfigError(f"{path}: not a TOML file: it is nested too deep")
-    said, _, place = str(error).partition(" (at ")
-    line = place.removeprefix("line ").partition(",")[0]
-    if place.startswith("end of document"):
-        line = str(len(text.splitlines()))
-    return ConfigError(
-        f"{path}{f':{line}' if line.isdigit() else ''}: not a TOML file: {said:.200}"
-    )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or what there is, or nothing."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; expected one of {', '.join(known)}" if known else ""
-
-
-def spelled(where: Location) -> str:
-    """As in targets[0].backend."""
-    text = ""
-    for part in where:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "the file"
-
-
-def _said(error: Any, data: Any) -> tuple[Location, str]:
-    """Where, and what, in our words."""
-    where = tuple(
-        part for part in error["loc"] if isinstance(part, int) or _is_key(part, error["loc"])
-    )
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        section = _section(where[:-1])
-        known = () if section is None else section.model_fields
-        return where, f"unknown key{nearest(str(where[-1]), known)}"
-    if kind == "missing":
-        return where[:-1], f"{where[-1]} is missing"
-    found: Any = data
-    for part in where:
-        try:
-            found = found[part]
-        except (KeyError, IndexError, TypeError):
-            break
-    message = error["msg"].removeprefix("Input ").replace("should be", "expected", 1)
-    return where, f"{message}, found {found!r:.80}"
-
-
-def _is_key(part: str, where: Location) -> bool:
-    """Not the name of an alternative of a union, which pydantic adds at the end."""
-    return not (part in ("int", "str") and where[-1] == part and isinstance(where[-2], int))
-
-
-def _section(where: Location) -> type[BaseModel] | None:
-    """The class of the table at a location."""
-    found: type[BaseModel] | None = Config
-    entry = False
-    for part in where:
-        if entry:  # of a list or a dictionary
-            entry = False
-            continue
-        field = None if found is None else found.model_fields.get(str(part))
-        if field is None:
-            return None
-        entry = typing.get_origin(field.annotation) in (dict, list)
-        found = next(_classes(field.annotation), None)
-    return found
-
-
-def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for one in typing.get_args(annotation):
-        yield from _classes(one)
-
-
-def line_of(text: str, where: Location) -> int:
-    """The line, from 1, on which a key begins, or else the table around it."""
-    lines = text.splitlines(keepends=True)
-    for depth in range(len(where), 0, -1):
-        if _has(_parsed("".join(lines)), where[:depth]):
-            break
-    else:
-        return 1
-    low, high = (
-        0,
-        len(lines),
-    )  # of lines at the beginning; those of `low` do not have the key, of `high` do
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        data = None
-        while middle > low and (data := _parsed("".join(lines[:middle]))) is None:
-            middle -= 1  # in the middle of a value
-        if data is None:
-            low = low + (high - low) // 2  # all between is one value
-        elif _has(data, where[:depth]):
-            high = middle
-        else:
-            low = middle
-    return _begin(lines, high)
-
-
-def _begin(lines: list[str], end: int) -> int:
-    """The first line of what is complete with line `end`."""
-    first = end - 1
-    while first > 0 and _parsed("".join(lines[:first])) is None:
-        first -= 1
-    return first + 1
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _has(data: Any, where: Location) -> bool:
-    for part in where:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
+    return File.read(path)

@@ -16,8 +16,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphopt.builds.config import File, Location, nearest
+from graphopt.builds.config import File
 from graphopt.builds.errors import BuildError
+from graphopt.builds.toml import Location, nearest
 from graphopt.ir.inputs import declared_inputs
 from graphopt.ir.source import first_line
 from graphopt.module import OptimizedModule

@@ -8,17 +8,15 @@ valid key, as those of `graphopt.toml` do.
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from graphopt.builds import config as toml
-from graphopt.builds.config import Location, Section, line_of, nearest, spelled
-from graphopt.builds.errors import ConfigError
+from graphopt.builds import toml
+from graphopt.builds.toml import Location, Section, nearest
 from graphopt.fleet.trials import Trial
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
@@ -88,26 +86,15 @@ class Config(Section):
     study: Study | None = None
 
 
-class File:
+class File(toml.File[Config]):
     """A configuration that was read, with everything in it checked."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
-        self.folder = path.resolve().parent
-        try:
-            self.data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise toml._not_toml(path, text, error) from None
-        try:
-            self.config = Config.model_validate(self.data)
-        except ValidationError as error:
-            raise self.error(*_said(error.errors(include_url=False)[0], self.data)) from None
+    schema = Config
+
+    def check(self) -> None:
         self._check_names()
         self._check_values()
         self._check_trials()
-
-    def error(self, where: Location, message: str) -> ConfigError:
-        return ConfigError(f"{self.path}:{line_of(self.text, where)}: {spelled(where)}: {message}")
 
     def _check_names(self) -> None:
         config = self.config
@@ -211,13 +198,9 @@ class File:
 
     def importable(self) -> Any:
         """Callables of a configuration are looked for beside it first."""
-        from graphopt.builds.building import _importable
+        from graphopt.builds.building import importable
 
-        return _importable(self.folder)
-
-    def within(self, path: str) -> Path:
-        """A path of the file, which is relative to its folder."""
-        return self.folder / path
+        return importable(self.folder)
 
     def examples(self, pipeline: Passes) -> Iterator[dict[str, Any]]:
         """The combinations of values that a pipeline has places for; of a range, its ends."""
@@ -281,44 +264,4 @@ def read(path: Path) -> File:
     Raises:
         ConfigError: naming the line, what was expected and what was found.
     """
-    try:
-        if path.stat().st_size > toml.LARGEST:
-            raise ConfigError(
-                f"{path}: more than {toml.LARGEST >> 20} MiB, which is no configuration"
-            )
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    return File(path, text)
-
-
-def _said(error: Any, data: Any) -> tuple[Location, str]:
-    """Where, and what, in our words."""
-    where = _written(error["loc"], data, error["type"] == "missing")
-    if error["type"] == "extra_forbidden":
-        return where, f"unknown key{nearest(str(where[-1]), _keys(where[:-1]))}"
-    return toml._said({**error, "loc": where}, data)
-
-
-def _written(where: Location, data: Any, missing: bool) -> Location:
-    """The part of a location that is in the file: at its end may be the name of one of several types."""
-    found: list[str | int] = []
-    for part in where:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return tuple([*found, part]) if missing else tuple(found)
-        found.append(part)
-    return tuple(found)
-
-
-def _keys(where: Location) -> list[str]:
-    """The keys of the table at a location."""
-    found: type[Any] = Config
-    for part in where:
-        field = found.model_fields.get(str(part))
-        if field is not None:  # else an entry of a list, or of a table of names
-            found = next(toml._classes(field.annotation), found)
-    return list(found.model_fields)
+    return File.read(path)

@@ -182,7 +182,7 @@ def _optimized(trial: Trial, model: Any, args: Any, kwargs: Any) -> tuple[Any, R
         TrialError: if the result is not what the trial is called: another backend, no op in its precision,
             a broken contract.
     """
-    from graphopt.builds.building import _measured_on
+    from graphopt.builds.building import measured_on
     from graphopt.optimize import PRECISIONS, optimize, pipeline_of
     from graphopt.pipeline import Pipeline
     from graphopt.sources import import_object
@@ -191,7 +191,7 @@ def _optimized(trial: Trial, model: Any, args: Any, kwargs: Any) -> tuple[Any, R
     if trial.data is not None:
         data = tuple(import_object(trial.data, "expected package.module:callable")())
     fast = optimize(
-        model, args, kwargs, passes=_measured_on(pipeline_of("deploy", trial.passes), data),
+        model, args, kwargs, passes=measured_on(pipeline_of("deploy", trial.passes), data),
         backend=trial.backend, precision=trial.precision, data=data if trial.precision else (),
     )  # fmt: skip
     report = fast.report

@@ -28,7 +28,7 @@ from graphopt.verify.masked import Masked
 from graphopt.verify.model import relative_error
 
 MEMORY_LIMIT = 1 << 26  # bytes of what sites have computed
-TRIM_EVERY = 16  # sites
+TRIM_EVERY = 32  # sites
 MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
 

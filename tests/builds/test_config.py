@@ -11,9 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from graphopt.builds import building
-from graphopt.builds.config import Config, File, line_of, read
+from graphopt.builds.config import Config, File, read
 from graphopt.builds.errors import CODES, BuildError, ConfigError
 from graphopt.builds.given import draw, dynamic_shapes
+from graphopt.builds.toml import line_of
 from graphopt.cli import app
 
 VALID = """\

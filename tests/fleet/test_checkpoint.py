@@ -346,7 +346,9 @@ def test_a_limit_is_kept_while_more_is_read(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(real(), tmp_path)
     here = "from tests.fleet.test_checkpoint import INPUT, empty"
-    (tmp_path / "adapted_here.py").write_text(f"{here}\n\ndef net():\n    return empty(), (INPUT,)\n")
+    (tmp_path / "adapted_here.py").write_text(
+        f"{here}\n\ndef net():\n    return empty(), (INPUT,)\n"
+    )
     monkeypatch.chdir(tmp_path)
 
     def run(*more: str) -> Any:
