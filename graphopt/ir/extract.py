@@ -52,12 +52,8 @@ def extract(rw: Rewriter, value: Value, sources: tuple[type, ...]) -> Found:
     # A norm shifts at no cost: a map over the positions of a padded convolution would cost more.
     padded = by.shift is None or not isinstance(op, NORMS)
     others = [user for user in op.out.users if not _takes_input_side(rw, user, ways, padded)]
-    rw.require(
-        not others,
-        "its output is also read by "
-        + (describe(rw.value(others[0])) if others else "")
-        + ", which cannot take it in",
-    )
+    reader = describe(rw.value(others[0])) if others else "an op"
+    rw.require(not others, f"its output is also read by {reader}, which cannot take it in")
     return inner, by, op
 
 

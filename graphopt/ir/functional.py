@@ -520,8 +520,12 @@ def _permutation(view: fx.Node) -> list[int]:
 
 def module_path(source: fx.Node) -> str:
     """The module of the source model that a node was traced in, as a dotted path."""
-    stack = source.meta.get("nn_module_stack")
+    # torch.export gives what was traced in no module one of this name.
+    stack = [
+        path for path, _ in (source.meta.get("nn_module_stack") or {}).values()
+        if path != "_empty_nn_module_stack_from_metadata_hook"
+    ]  # fmt: skip
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    path = stack[-1]
     return str(path).removeprefix("L['self']").removeprefix("self").strip(".").split("@")[0]

@@ -224,8 +224,8 @@ def _lines(report: Report) -> list[str]:
         if check.reason:
             verdict = "WRONG, but not validated" if report.applied else "NOT APPLIED"
             lines.append(f"             {verdict}: {check.reason}")
-    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.passes)
-    lines.append(f"  seconds    {spent or '-'}; validation {report.validation_seconds:.2f}")
+    spent = sum(seconds for _, seconds in report.passes)
+    lines.append(f"  seconds    passes {spent:.2f}, validation {report.validation_seconds:.2f}")
     lines += [f"  backend    {note}" for note in report.backend_notes]
     lines += [f"             {line}" for line in _table(report.backend_table)]
     for path, region in report.regions.items():

@@ -22,7 +22,7 @@ WITH_CODE = [page for page in PAGES if any(one.runs for one in blocks(page.read_
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(base, "_HOMES", dict(base._HOMES))  # to which a page adds
+    monkeypatch.setattr(base, "_REGISTERED", {})  # to which a page adds
     with working_in(tmp_path):
         yield tmp_path
 
