@@ -1,12 +1,8 @@
-"""An artifact as one file: a zip archive of a single form, so that the same contents are the same bytes, and
-only what has exactly this form is believed.
+"""An artifact as one file: a zip archive, the same bytes for the same contents.
 
-    header, graph.json, header, manifest.json, ..., directory
-
-Members stand in the order of their names, stored and not compressed, with one date, one mode and sizes of
-64 bits; each begins at a multiple of 64 bytes, where it can be mapped. From the names, sizes and checksums
-in the directory of an archive follow all bytes that are no contents, and they are compared with those that
-there are: nothing can be twice, overlap, lie in a gap, be a link, or be larger than the file.
+Members stand in the order of their names, stored and not compressed, with one date and one mode. Reading
+unpacks nothing, and believes nothing that the archive says of itself: members have plain names, each once, and
+no more bytes together than the file; their contents are compared with the manifest, as those of a folder are.
 """
 
 from __future__ import annotations
@@ -14,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import struct
-import zlib
+import shutil
+import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from graphopt.artifact_data import ArtifactError
 
@@ -27,64 +24,9 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of a file of an artifact
 MOST = 1000  # members
-ALIGNED = 64  # bytes
-CHUNK = 1 << 20
-_WIDE, _BIT16, _BIT32 = (
-    1,
-    0xFFFF,
-    0xFFFFFFFF,
-)  # the field with sizes of 64 bits, and what stands for it
-_PADDING = 0xD935
-_VERSION, _DATE, _MODE = 45, 0x21, 0o100644 << 16  # of the format; 1980-01-01; an ordinary file
-
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_LOCAL_SIZES, _CENTRAL_SIZES = struct.Struct("<2H2Q"), struct.Struct("<2H3Q")
-_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # with 64 bits, its locator, and that of 32 bits
-
-
-class Member(NamedTuple):
-    name: str
-    size: int
-    crc: int
-
-
-class Layout(NamedTuple):
-    """All bytes of an archive that are no contents: of each member its header, where that begins, and where
-    the contents do; the directory, and where it begins."""
-
-    headers: list[tuple[int, bytes]]
-    contents: list[int]
-    directory: bytes
-    end: int
-
-
-def layout(members: list[Member]) -> Layout:
-    """The one form of an archive of these members."""
-    place, headers, contents, directory = 0, [], [], b""
-    for name, size, crc in members:
-        encoded = name.encode("ascii")
-        fixed = place + _LOCAL.size + len(encoded) + _LOCAL_SIZES.size + 4
-        padding = -fixed % ALIGNED
-        sizes = _LOCAL_SIZES.pack(_WIDE, 16, size, size)
-        extra = sizes + struct.pack("<2H", _PADDING, padding) + bytes(padding)
-        common = (_VERSION, 0, 0, 0, _DATE, crc, _BIT32, _BIT32, len(encoded))
-        header = _LOCAL.pack(b"PK\3\4", *common, len(extra)) + encoded + extra
-        wide = _CENTRAL_SIZES.pack(_WIDE, 24, size, size, place)
-        directory += _CENTRAL.pack(
-            b"PK\1\2", 3 << 8 | _VERSION, *common, len(wide), 0, 0, 0, _MODE, _BIT32
-        )
-        directory += encoded + wide
-        headers.append((place, header))
-        contents.append(place + len(header))
-        place += len(header) + size
-    count, size = len(members), len(directory)
-    directory += _END.pack(
-        b"PK\6\6", 44, 3 << 8 | _VERSION, _VERSION, 0, 0, count, count, size, place,
-        b"PK\6\7", 0, place + size, 1,
-        b"PK\5\6", 0, 0, _BIT16, _BIT16, _BIT32, _BIT32, 0,
-    )  # fmt: skip
-    return Layout(headers, contents, directory, place)
+CHUNK = 1 << 20  # bytes read at a time; no directory of so many members is longer
+_DATE, _MODE, _UNIX = (1980, 1, 1, 0, 0, 0), stat.S_IFREG | 0o644, 3
+_FIRST = "graph.json"
 
 
 def is_archive(path: Path) -> bool:
@@ -94,41 +36,40 @@ def is_archive(path: Path) -> bool:
 
 def pack(folder: Path, path: Path) -> None:
     """Write the files of a folder as an archive."""
-    files = sorted(folder.iterdir(), key=lambda one: one.name)
-    members = [Member(one.name, one.stat().st_size, _crc(one)) for one in files]
-    form = layout(members)
-    with open(path, "wb") as out:
-        for one, (_, header) in zip(files, form.headers, strict=True):
-            out.write(header)
-            with open(one, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    out.write(chunk)
-        out.write(form.directory)
-
-
-def _crc(path: Path) -> int:
-    found = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            found = zlib.crc32(chunk, found)
-    return found
+    with zipfile.ZipFile(path, "w") as out:
+        for file in sorted(folder.iterdir(), key=lambda one: one.name):
+            member = zipfile.ZipInfo(file.name, _DATE)
+            member.create_system, member.external_attr = _UNIX, _MODE << 16
+            with open(file, "rb") as source, out.open(member, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, CHUNK)
 
 
 def begins_as_archive(path: Path) -> bool:
-    """Whether a file begins with a header of ours; the rest may be damaged."""
+    """Whether a file begins as one of ours: a member of the first name, stored, of our date. The rest may be
+    damaged."""
     try:
         with open(path, "rb") as file:
-            begin = file.read(_LOCAL.size + 100)
-        length = _LOCAL.unpack_from(begin)[9]
-        name = begin[_LOCAL.size :][:length].decode("ascii")
-        (_, header), *_ = layout([Member(name, *_size_and_crc(begin, length))]).headers
-        return header.startswith(begin[: _LOCAL.size + length])
-    except (OSError, ValueError, struct.error):
+            begin = file.read(30 + len(_FIRST))
+    except OSError:
         return False
+    kind = b"\0\0" + b"\0\0\x21\0"  # not compressed; midnight of 1980-01-01
+    return begin[:4] == b"PK\3\4" and begin[8:14] == kind and begin[30:] == _FIRST.encode()
 
 
-def _size_and_crc(header: bytes, length: int) -> tuple[int, int]:
-    return _LOCAL_SIZES.unpack_from(header, _LOCAL.size + length)[2], _LOCAL.unpack_from(header)[6]
+class _Bounded:
+    """A file of which nobody reads much at a time, whatever lengths it tells."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, count: int = -1) -> bytes:
+        found = self._file.read(min(count, CHUNK + 1) if count >= 0 else CHUNK + 1)
+        if len(found) > CHUNK or count > CHUNK:
+            raise ValueError(f"{count} bytes where at most {CHUNK} are expected")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class Archive:
@@ -137,96 +78,78 @@ class Archive:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            ArtifactError: naming what is not as `pack` writes it.
+            ArtifactError: if it is no archive, or one of its members is not as `pack` writes it.
         """
         self.path = path
         self._file = open(path, "rb")
         try:
-            members = self._members()
-            form = layout(members)
-            size = os.fstat(self._file.fileno()).st_size
-            if form.end + len(form.directory) != size:
-                raise self._error(f"it has {size} bytes, expected {form.end + len(form.directory)}")
-            if self._at(form.end, len(form.directory)) != form.directory:
-                raise self._error("its directory is another one")
-            for (place, header), one in zip(form.headers, members, strict=True):
-                if self._at(place, len(header)) != header:
-                    raise self._error(f"the header of {one.name} is another one")
-        except BaseException:
+            if self._file.read(4) != b"PK\3\4" or self._at_end(22) != b"PK\5\6":
+                raise ValueError("it does not begin and end as an archive")
+            self._zip = zipfile.ZipFile(_Bounded(self._file))  # type: ignore[arg-type]
+            self._members = self._checked(self._zip.infolist())
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, Exception):  # of zipfile, on files that anybody may have made
+                raise self._error(error) from error
             raise
-        self._places = dict(zip((one.name for one in members), form.contents, strict=True))
-        self._known = {one.name: one for one in members}
 
     def close(self) -> None:
         self._file.close()
 
-    def _error(self, what: str) -> ArtifactError:
+    def _at_end(self, back: int) -> bytes:
+        self._file.seek(max(0, os.fstat(self._file.fileno()).st_size - back))
+        return self._file.read(4)
+
+    def _error(self, error: Exception) -> ArtifactError:
+        if isinstance(error, ArtifactError):
+            return error
+        what = " ".join(str(error).split())[:200] or type(error).__name__
         return ArtifactError(
             f"{self.path} is truncated or altered, or no archive of graphopt: {what}"
         )
 
-    def _at(self, place: int, size: int) -> bytes:
-        self._file.seek(place)
-        return self._file.read(size)
-
-    def _members(self) -> list[Member]:
-        """Names, sizes and checksums, as far as the directory can be read."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < _END.size:
-            raise self._error(f"it has {size} bytes")
-        end = _END.unpack(self._at(size - _END.size, _END.size))
-        count, length, place = end[6], end[8], end[9]
-        if end[0] != b"PK\6\6" or end[10] != b"PK\6\7" or end[14] != b"PK\5\6":
-            raise self._error("it has no directory")
-        if count > MOST or length > MOST * 200 or place + length + _END.size != size:
-            raise self._error(f"{count} members, a directory of {length} bytes at {place}")
-        found: list[Member] = []
-        data = self._at(place, length)
-        while data:
-            if len(data) < _CENTRAL.size:
-                raise self._error("its directory ends in an entry")
-            entry = _CENTRAL.unpack_from(data)
-            name = data[_CENTRAL.size :][: entry[10]].decode("latin-1")
-            sizes = data[_CENTRAL.size + entry[10] :][: _CENTRAL_SIZES.size]
-            if not NAME.fullmatch(name) or len(sizes) < _CENTRAL_SIZES.size:
-                raise self._error(f"{name!r:.110} is no name of a file of an artifact")
-            if found and found[-1].name >= name:
-                raise self._error(f"{name} stands behind {found[-1].name}")
-            wide = _CENTRAL_SIZES.unpack(sizes)[2]
-            if wide > size:
-                raise self._error(f"{name} is said to have {wide} bytes, the file has {size}")
-            found.append(Member(name, wide, entry[7]))
-            data = data[_CENTRAL.size + entry[10] + _CENTRAL_SIZES.size :]
+    def _checked(self, members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+        left = os.fstat(self._file.fileno()).st_size
+        found: dict[str, zipfile.ZipInfo] = {}
+        if len(members) > MOST:
+            raise ValueError(f"{len(members)} members, expected at most {MOST}")
+        for one in members:
+            if not NAME.fullmatch(one.orig_filename):
+                raise ValueError(f"{one.orig_filename!r:.110} is no name of a file of an artifact")
+            if one.filename in found:
+                raise ValueError(f"{one.filename} is there twice")
+            if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1:
+                raise ValueError(f"{one.filename} is compressed or encrypted")
+            if one.external_attr >> 16 != _MODE:
+                raise ValueError(f"{one.filename} is no ordinary file")
+            left -= max(one.file_size, one.compress_size)
+            if left < 0:
+                raise ValueError(f"{one.filename} is said to have {one.file_size} bytes")
+            found[one.filename] = one
         return found
 
     def _chunks(self, name: str) -> Iterator[bytes]:
-        """The contents of a member, checked against its checksum at the end."""
-        one, crc = self._known[name], 0
-        place, left = self._places[name], one.size
-        while left:
-            chunk = self._at(place, min(left, CHUNK))
-            if not chunk:
-                raise self._error(f"{name} ends too early")
-            crc = zlib.crc32(chunk, crc)
-            place, left = place + len(chunk), left - len(chunk)
-            yield chunk
-        if crc != one.crc:
-            raise self._error(f"{name} has another checksum")
+        """The contents of a member."""
+        try:
+            with self._zip.open(self._members[name]) as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        except Exception as error:  # of zipfile
+            raise self._error(error) from error
 
     # -- as graphopt.artifact reads it ----------------------------------------------------------
 
     def names(self) -> set[str]:
-        return {*self._known}
+        return {*self._members}
 
     def text(self, name: str, largest: int) -> str:
         """
         Raises:
             ArtifactError: if there is no such member, it has more than `largest` bytes, or is no text.
         """
-        if name not in self._known:
+        if name not in self._members:
             raise ArtifactError(f"{self.path}: {name} is missing")
-        if self._known[name].size > largest:
+        if self._members[name].file_size > largest:
             raise ArtifactError(
                 f"{self.path}: {name} cannot be read: more than {largest >> 20} MiB"
             )
@@ -240,9 +163,9 @@ class Archive:
         Raises:
             ArtifactError: if a member is missing, or has another size or sha256.
         """
-        if name not in self._known:
+        if name not in self._members:
             raise ArtifactError(f"{self.path}: {name!r:.110} is missing")
-        if (found := self._known[name].size) != size:
+        if (found := self._members[name].file_size) != size:
             raise ArtifactError(f"{self.path}: {name} is truncated or altered: it has {found} bytes, "
                                 f"expected {size}")  # fmt: skip
         inner = hashlib.sha256()
