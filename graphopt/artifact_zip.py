@@ -1,8 +1,8 @@
 """An artifact as one file: a zip archive, the same bytes for the same contents.
 
 Members stand in the order of their names, stored and not compressed, with one date and one mode. Reading
-unpacks nothing, and believes nothing that the archive says of itself: members have plain names, each once, and
-no more bytes together than the file; their contents are compared with the manifest, as those of a folder are.
+unpacks nothing, and believes nothing that the archive says of itself: members have plain names, each once,
+and no more bytes together than the file; their contents are compared with the manifest, as a folder's are.
 """
 
 from __future__ import annotations
