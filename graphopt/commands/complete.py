@@ -35,11 +35,12 @@ def precisions(incomplete: str) -> list[Item]:
 
 
 def backends(incomplete: str) -> list[Item]:
-    return _starting(BACKENDS, incomplete)
+    theirs = {one.name: "installed" for one in entry_points(group="graphopt.backends")}
+    return _starting({**BACKENDS, **theirs}, incomplete)
 
 
 def backends_or_auto(incomplete: str) -> list[Item]:
-    return _starting({**BACKENDS, **AUTO}, incomplete)
+    return [*backends(incomplete), *_starting(AUTO, incomplete)]
 
 
 @cache

@@ -244,6 +244,18 @@ def test_openvino_has_kernels_for_the_first_size_and_for_any_other():
     assert not program.plugin.compiled.inputs[0].partial_shape.is_dynamic
 
 
+def test_onnxruntime_has_a_session_for_the_first_size_and_one_for_any_other():
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU())
+    fast = optimized("onnxruntime", model, torch.randn(IMAGE))
+    (program,) = fast._run.programs
+    assert program.session.get_inputs()[0].shape == list(IMAGE) and program.general is None
+    assert_right(fast, model, torch.randn(3, *IMAGE[1:]))
+    general = program.general
+    assert_right(fast, model, torch.randn(5, *IMAGE[1:]))
+    assert general is program.general
+    assert isinstance(general.get_inputs()[0].shape[0], str)
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_threads_of_the_caller_do_not_share_a_call(backend):
     model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
