@@ -92,8 +92,8 @@ EQUIVALENT = {
     ("absorb_number: _absorb[ops.Slice]", "rw.decline(f'its input is computed by {describe(whole)}, "
      "which a scale and shift cannot enter')  ->  (nothing)"):
         "a number has no axis, so it enters the whole that is sliced",
-    ("extract", "rw.require(not others, 'its output is also read by ' + (describe(rw.value("
-     "others[0])) if others else '') + ', which cannot take it in')  ->  (nothing)"):
+    ("extract", "rw.require(not others, f'its output is also read by {reader}, which cannot take it "
+     "in')  ->  (nothing)"):
         "what others read stays as it is: a cost, and right",
     ("into_conv", "conv.out  ->  conv.input"): "only enters the estimate of costs",
     ("_absorb[ops.Addmm]", "product.input.ndim - 1  ->  1 - product.input.ndim"):
