@@ -27,7 +27,8 @@ from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
 from graphopt.verify.model import relative_error
 
-MEMORY_LIMIT = 1 << 26  # bytes of what sites have computed
+# Bytes of what sites have computed, and as many of values of the graph: a part of those of its states.
+LEAST_KEPT, MOST_KEPT, KEPT = 1 << 26, 1 << 27, 1 / 3
 TRIM_EVERY = 32  # sites
 MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
@@ -42,8 +43,10 @@ class SiteValidator:
 
     def restart(self) -> None:
         """The graph has become another one."""
-        self._evaluator = Evaluator(self.graph, self.inputs)
-        self._memory = Memory(MEMORY_LIMIT)
+        states = sum(one.tensor.nbytes for one in self.graph.states.values())
+        limit = min(max(LEAST_KEPT, int(KEPT * states)), MOST_KEPT)
+        self._evaluator = Evaluator(self.graph, self.inputs, limit=limit)
+        self._memory = Memory(limit)
 
     def forget(self, nodes: Iterable[fx.Node]) -> None:
         """Erased nodes need their values no more."""
