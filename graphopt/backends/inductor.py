@@ -137,4 +137,4 @@ def plain(module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-BACKEND = Backend("inductor", lower, missing, build_seconds=(8.0, 0.35))
+BACKEND = Backend("inductor", lower, missing, build_seconds=(5.0, 0.15))
