@@ -98,7 +98,7 @@ def find(name: str) -> Backend:
     Raises:
         BackendError: if there is none, or it cannot run here.
     """
-    if name not in (known := names()):
+    if name not in _HOMES and name not in (known := names()):  # installed packages are read last
         near = difflib.get_close_matches(name, [*known, "auto"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BackendError(f"unknown backend {name!r}{hint} (available: auto, {', '.join(known)})")
