@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import nn
 
+import graphopt
 from benchmarks.frozen import frozen
 from graphopt.ir.cost import TABLE
 
@@ -53,21 +54,24 @@ def measure(backend: str, device: str) -> dict[str, Any]:
     """The entry of one backend on one device."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def timed(module: Any, *shape: int) -> float:
-        module = module.to(device).eval() if isinstance(module, nn.Module) else module
+    def timed(module: nn.Module, *shape: int) -> float:
+        module, x = module.to(device).eval(), torch.randn(*shape, device=device)
+        run: Callable[..., Any] = module
         if backend == "inductor":
             torch._dynamo.reset()
-            module = frozen(module)
-        x = torch.randn(*shape, device=device)
+            run = frozen(module)
+        elif backend != "eager":
+            run = graphopt.optimize(module, (x,), passes="canonicalize", backend=backend)
         with torch.no_grad():
-            return seconds(lambda: module(x), synchronize)
+            return seconds(lambda: run(x), synchronize)
 
     many = 32
     # A compiler fuses a chain of pointwise ops: what it launches are calls of kernels.
-    step = (lambda: nn.Linear(8, 8)) if backend == "inductor" else lambda: nn.Threshold(0.1, 0.0)
+    step = (lambda: nn.Threshold(0.1, 0.0)) if backend == "eager" else lambda: nn.Linear(8, 8)
     launch = timed(nn.Sequential(*[step() for _ in range(many)]), 8, 8) / many
+    call = timed(nn.ReLU(), 8)  # of a compiled graph as a whole
     large = 1 << 23
-    bandwidth = 8 * large / (timed(torch.abs, large) - launch)
+    bandwidth = 8 * large / (timed(nn.ReLU(), large) - call)
     rates = {}
     for kind, shapes in CONV.items():
         found = []
@@ -75,17 +79,17 @@ def measure(backend: str, device: str) -> dict[str, Any]:
             print(f"{backend} {device}: {kind} {inside} to {out}, {kernel}x{kernel}", flush=True)
             conv = nn.Conv2d(inside, out, kernel, padding=kernel // 2, groups=groups)
             flops = 2.0 * out * inside // groups * kernel**2 * size**2
-            found.append(flops / (timed(conv, 1, inside, size, size) - launch))
+            found.append(flops / (timed(conv, 1, inside, size, size) - call))
         rates[kind] = _mean(found)
     rates["matmul"] = _mean([
-        2.0 * rows * inside * out / (timed(nn.Linear(inside, out), rows, inside) - launch)
+        2.0 * rows * inside * out / (timed(nn.Linear(inside, out), rows, inside) - call)
         for rows, inside, out in MATMUL
     ])  # fmt: skip
     for kind, norm in NORMS.items():
         print(f"{backend} {device}: {kind}", flush=True)
         plain = {"eps": 1e-5, "elementwise_affine": False}
         rates[kind] = _mean([
-            FLOPS_PER_FEATURE[kind] * rows * width / (timed(norm(width, **plain), rows, width) - launch)
+            FLOPS_PER_FEATURE[kind] * rows * width / (timed(norm(width, **plain), rows, width) - call)
             for rows, width in TOKENS
         ])  # fmt: skip
     return {"launch": launch, "bandwidth": bandwidth, "rates": rates}
@@ -103,12 +107,12 @@ def _rounded(entry: Any) -> Any:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    backend: Annotated[list[str] | None, typer.Option(help="eager, inductor")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="eager, inductor, auto")] = None,
 ) -> None:
     """Measure backends on one device and store the table."""
     torch.set_num_threads(1)
     stored = json.loads(TABLE.read_text()) if TABLE.exists() else {"targets": {}}
-    for name in backend or ("eager", "inductor"):
+    for name in backend or ("eager", "inductor", "auto"):
         entry = stored["targets"][f"{name} {device}"] = _rounded(measure(name, device))
         print(name, device, entry)
     stored["about"] = {"torch": torch.__version__, "threads": 1, "dtype": "float32",

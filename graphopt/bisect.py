@@ -267,6 +267,6 @@ class SiteWitness(SiteValidator):
         self.witness.count += 1
         if self.witness.limit not in (None, self.witness.count):
             return Verdict(True)
-        self.witness.site = take_site(self.graph, old, new, self._evaluator)
+        self.witness.site = take_site(self.graph, old, new, self._values.lifted)
         found = super().check(old, new, contract)
         return dataclasses.replace(found, ok=True)

@@ -163,7 +163,11 @@ class OptimizedModule(nn.Module):
         if torch.compiler.is_compiling():
             return args, kwargs
         leaves: Sequence[Any] = args
-        if not (signature.flat and all(isinstance(one, torch.Tensor) for one in args)):
+        if flat := signature.flat and all(isinstance(one, torch.Tensor) for one in args):
+            found = [one.shape for one in args]
+            if found == self._inner.__dict__.get("_graphopt_fitting"):  # as in the last call
+                return args, kwargs
+        else:
             leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
             if spec != signature.in_spec:
                 raise InputError(
@@ -188,6 +192,8 @@ class OptimizedModule(nn.Module):
                 )
             else:
                 _check_shape(name, kind, leaf, sizes)
+        if flat:
+            self._inner.__dict__["_graphopt_fitting"] = found
         return tuple(args), kwargs
 
     # -- moving, copying, pickling ------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from graphopt.ir.graph import Graph, is_overload
-from graphopt.ir.interpret import Evaluator, is_getitem, lift_dtype
+from graphopt.ir.interpret import is_getitem, lift_dtype
 from graphopt.ir.printer import line
 from graphopt.verify.site import cut
 
@@ -46,8 +46,8 @@ class Site:
     open: bool
 
 
-def take_site(graph: Graph, old: fx.Node, new: fx.Node, values: Evaluator) -> Site:
-    """The site of replacing `old` by `new`, before that is done."""
+def take_site(graph: Graph, old: fx.Node, new: fx.Node, value: Callable[[fx.Node], Any]) -> Site:
+    """The site of replacing `old` by `new`, before that is done; `value` gives what they start from."""
     shared, inner = cut(old, new)
     sides = [_side(result, inner) for result in (old, new)]
     reads = [
@@ -59,7 +59,7 @@ def take_site(graph: Graph, old: fx.Node, new: fx.Node, values: Evaluator) -> Si
         for result, side in zip((old, new), sides, strict=True)
     ]
     bodies = [_body(side, result) for result, side in zip((old, new), sides, strict=True)]
-    inputs = {node.name: values.evaluate(node) for node in sorted(reads[0] | reads[1])}
+    inputs = {node.name: value(node) for node in sorted(reads[0] | reads[1])}
     return Site(texts[0], texts[1], bodies[0], bodies[1], inputs, reads[1] <= reads[0])
 
 

@@ -47,6 +47,8 @@ class Exported:
         self, module: fx.GraphModule, leaves: list[Any], computed: list[Tensor]
     ) -> list[Any]:
         """The leaves of the module's result."""
+        if self._all_computed:
+            return computed
         known: dict[str, Callable[[Any], Any]] = {
             "computed": computed.__getitem__,
             "input": leaves.__getitem__,
@@ -54,6 +56,10 @@ class Exported:
             "constant": lambda value: value,
         }
         return [known[kind](key) for kind, key in self.results]
+
+    @cached_property
+    def _all_computed(self) -> bool:
+        return self.results == tuple(("computed", at) for at in range(len(self.results)))
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the program takes tensors of these sizes and dtypes."""

@@ -89,6 +89,10 @@ def bytes_of(value: Any) -> int:
 
 TABLE = Path(__file__).parent / "efficiency.json"
 VIEWS = (ops.Slice, ops.Select, ops.Expand, ops.Permute, ops.Reshape, ops.Detach)
+WHOLE_GRAPHS = (
+    "openvino",
+    "onnxruntime",
+)  # compiled, launches cost them little: what "auto" prefers
 VIEW = 0.3  # of the time to launch an op: making a view launches nothing
 
 
@@ -122,7 +126,8 @@ class Target:
 def target(backend: str = "eager", device: str = "cpu") -> Target:
     """The measured target of a backend on a kind of device, or the nearest one there is."""
     table = json.loads(TABLE.read_text())["targets"]
-    wanted = (f"{backend} {device}", f"eager {device}", "eager cpu")
+    measured = "auto" if backend in WHOLE_GRAPHS else backend
+    wanted = (f"{measured} {device}", f"eager {device}", "eager cpu")
     name = next(name for name in wanted if name in table)
     return Target(name, **table[name])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -126,21 +126,59 @@ def lift_dtypes(argument: Any) -> Any:
 MEMORY_LIMIT = 1 << 26  # bytes of values kept; older ones are computed again when needed
 
 
+class Kept:
+    """Values of nodes, up to `limit` bytes: those that are `dear` longest, and those read last."""
+
+    def __init__(self, limit: int, dear: Callable[[fx.Node], bool] = lambda node: True) -> None:
+        self.limit = limit
+        self._dear = dear
+        self._stores: tuple[OrderedDict[fx.Node, Any], ...] = OrderedDict(), OrderedDict()
+        self._bytes = 0
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return any(node in store for store in self._stores)
+
+    def get(self, node: fx.Node) -> Any:
+        """The value of a node, or None."""
+        for store in self._stores:
+            if node in store:
+                store.move_to_end(node)
+                return store[node]
+        return None
+
+    def put(self, node: fx.Node, value: Any) -> None:
+        """Keep a value; it stays at least until the next one."""
+        self.forget([node])
+        self._stores[self._dear(node)][node] = value
+        self._bytes += nbytes(value)
+        while self._bytes > self.limit and sum(map(len, self._stores)) > 1:
+            store = next(one for one in self._stores if one)
+            oldest = next(iter(store))
+            if oldest is node:  # the only cheap one, among dear ones
+                oldest = next(iter(self._stores[1]))
+            self.forget([oldest])
+
+    def forget(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            for store in self._stores:
+                if node in store:
+                    self._bytes -= nbytes(store.pop(node))
+
+
 class Evaluator:
     """Values of single nodes, computed on demand on given inputs and kept while memory lasts."""
 
     def __init__(
         self, graph: Graph, inputs: Sequence[Any] = (), lifted: bool = True,
-        limit: int = MEMORY_LIMIT,
+        limit: int = MEMORY_LIMIT, dear: Callable[[fx.Node], bool] = lambda node: True,
     ) -> None:  # fmt: skip
         self.inputs = {
             node: lift(value) if lifted else value
             for node, value in zip(graph.inputs, inputs, strict=False)
         }
-        self.limit = limit
         self._interpreter = Interpreter(graph, lifted, writes=False)
-        self._kept: OrderedDict[fx.Node, Any] = OrderedDict()
-        self._bytes = 0
+        self._kept = Kept(limit, dear)
+        self.keep, self.forget = self._kept.put, self._kept.forget
 
     @torch.no_grad()
     def evaluate(self, node: fx.Node) -> Any:
@@ -167,7 +205,7 @@ class Evaluator:
         while stack:
             for one in stack.pop().all_input_nodes:
                 if one in self._kept:
-                    kept[one] = self.known(one)
+                    kept[one] = self._kept.get(one)
                 elif one.op == "call_function" and one not in needed:
                     needed.add(one)
                     stack.append(one)
@@ -179,24 +217,7 @@ class Evaluator:
             return self.inputs[node]
         if node.op == "get_attr":
             return self._interpreter.state(str(node.target))
-        if node in self._kept:
-            self._kept.move_to_end(node)
-            return self._kept[node]
-        return None
-
-    def keep(self, node: fx.Node, value: Any) -> None:
-        """Remember the value of a node."""
-        self.forget([node])
-        self._kept[node] = value
-        self._bytes += nbytes(value)
-        while self._bytes > self.limit and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._bytes -= nbytes(oldest)
-
-    def forget(self, nodes: Iterable[fx.Node]) -> None:
-        for node in nodes:
-            if node in self._kept:
-                self._bytes -= nbytes(self._kept.pop(node))
+        return self._kept.get(node)
 
 
 def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 import graphopt
 from graphopt.ir.capture import capture
 from graphopt.ir.graph import Graph
-from graphopt.ir.interpret import Evaluator, Interpreter
+from graphopt.ir.interpret import Evaluator, Interpreter, Kept
 from graphopt.verify.bounds import Memory, Site
+from graphopt.verify.values import Values
 from tests.helpers import Net, tensor
 
 
@@ -143,3 +144,30 @@ def test_values_are_the_same_however_little_is_kept(limit: int) -> None:
     whole = Evaluator(graph, [tensor(3, 4)])
     for node in [*graph.calls, *reversed(graph.calls)]:
         assert torch.equal(values.evaluate(node), whole.evaluate(node))
+
+
+def test_dear_values_are_kept_longest_and_then_those_read_last() -> None:
+    graph = graph_of(lambda net, x: x.sin() + x.cos() + x.tan())
+    sin, cos, _, tan, _ = graph.calls
+    kept = Kept(2 * 8 * 12, dear=lambda node: node is sin)
+    value = tensor(3, 4)
+    for node in (sin, cos, tan):
+        kept.put(node, value)
+    assert sin in kept and cos not in kept and tan in kept
+    kept.put(cos, value)
+    assert sin in kept and cos in kept and tan not in kept
+    kept.put(tan, tensor(30, 4))  # more than there is room for: it stays until the next one
+    assert tan in kept and sin not in kept and cos not in kept
+    kept.put(cos, value)
+    assert cos in kept and tan not in kept
+
+
+def test_sites_start_from_what_the_model_computes_and_from_exact_constants() -> None:
+    """A third in float32 and a third in float64 are two numbers: a weight made of it is the latter."""
+    graph = graph_of(lambda net, x: (x.float() / 3) * (net.w / 3), w=nn.Parameter(torch.ones(4)))
+    values = Values(graph, [torch.ones(3, 4).double()], 1 << 20)
+    ours, weight = (one for one in graph.calls if "div" in str(one.target))
+    assert values.own(ours).dtype is torch.float32
+    assert torch.equal(values.lifted(ours), torch.full((3, 4), 1 / 3).double())
+    assert torch.equal(values.lifted(weight), torch.full((4,), 1 / 3, dtype=torch.float64))
+    assert torch.equal(values.own(weight), torch.full((4,), 1 / 3))

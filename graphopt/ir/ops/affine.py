@@ -41,6 +41,21 @@ def plus(left: Value | None, right: Value | None) -> Value | None:
     return (widen(left, right) + widen(right, left)).to(left.dtype)
 
 
+FEW = 4  # output channels of a group
+TINY = 1e-150  # keeps squares above underflow
+
+
+def length(bound: torch.Tensor, axes: int | tuple[int, ...]) -> torch.Tensor:
+    """The 2-norm of absolute values over axes, which stay. By Cauchy and Schwarz a sum of products is at
+    most the product of two of them: a bound that takes no product of matrices."""
+    found: torch.Tensor = torch.linalg.vector_norm(bound + TINY, dim=axes, keepdim=True)
+    return found
+
+
+def strided(*bounds: torch.Tensor) -> bool:
+    return all(one.layout is torch.strided for one in bounds)
+
+
 @op(
     *(f"conv{n}d.default" for n in (1, 2, 3)),
     *(f"conv{n}d.padding" for n in (1, 2, 3)),
@@ -145,6 +160,19 @@ class Conv(Multilinear, Op):
             return 2.0 * numel(self.input) * hint(self.weight.shape[1]) * taps
         return 2.0 * numel(self.out) * hint(self.weight.shape[1]) * taps
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        weight = magnitude(self.weight)
+        per_group = weight.shape[0] // self.groups
+        if self.transposed or per_group < FEW or self.input == self.weight or not strided(weight):
+            return run(magnitude)
+        ones, no_bias = torch.ones_like(weight[::per_group]), weight.new_zeros(self.groups)
+        squares = {self.input: (magnitude(self.input) + TINY).square(), self.weight: ones}
+        windows = run(lambda one: squares.get(one, no_bias)).sqrt()
+        windows = windows.repeat_interleave(per_group, self.channel_axis)
+        shape = (-1,) + (1,) * self.rank
+        bound = windows * length(weight, tuple(range(1, weight.ndim))).reshape(shape)
+        return bound if self.bias is None else bound + magnitude(self.bias).reshape(shape)
+
     def scale_out(self, factor: Value | float) -> Value:
         """The weight with output channel o multiplied by `factor[o]`; transformations.md 0."""
         ones = (1,) * self.rank
@@ -197,6 +225,13 @@ class Linear(Multilinear, Op):
     def flops(self) -> float:
         return 2.0 * numel(self.out) * hint(self.weight.shape[-1])
 
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        input, weight = magnitude(self.input), magnitude(self.weight)
+        if weight.ndim != 2 or not strided(input, weight):
+            return run(magnitude)
+        bound = length(input, -1) * length(weight, -1).flatten()
+        return bound if self.bias is None else bound + magnitude(self.bias)
+
 
 @op("matmul.default", "mm.default", "bmm.default")
 class Matmul(Multilinear, Op):
@@ -213,6 +248,12 @@ class Matmul(Multilinear, Op):
     @property
     def flops(self) -> float:
         return 2.0 * numel(self.out) * hint(self.left.shape[-1])
+
+    def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
+        left, right = magnitude(self.left), magnitude(self.right)
+        if min(left.ndim, right.ndim) < 2 or not strided(left, right):
+            return run(magnitude)
+        return length(left, -1) * length(right, -2)
 
 
 @op("addmm.default", "baddbmm.default")
@@ -240,7 +281,11 @@ class Addmm(Multilinear, Op):
         return 2.0 * numel(self.out) * hint(self.left.shape[-1])
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        return run(magnitude) if self.beta >= 0 and self.alpha >= 0 else None
+        left, right = magnitude(self.left), magnitude(self.right)
+        if not strided(left, right):
+            return run(magnitude) if self.beta >= 0 and self.alpha >= 0 else None
+        product = length(left, -1) * length(right, -2)
+        return abs(self.beta) * magnitude(self.input) + abs(self.alpha) * product
 
 
 @op("einsum.default")
