@@ -123,7 +123,7 @@ class Session:
         given = [one.detach().contiguous().numpy() for one in tensors]
         # Memory of inputs is read where it is; every run allocates its outputs.
         found = chosen.run(None, dict(zip(self.names, given, strict=True)))
-        computed: list[Tensor] = [torch.as_tensor(one) for one in found]
+        computed: list[Tensor] = [torch.from_numpy(one) for one in found]
         return self.exported.assembled(self.module, leaves, computed)
 
 
