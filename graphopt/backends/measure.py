@@ -1,7 +1,9 @@
 """How long callables take beside one another on a machine that does other things too.
 
 Rounds are interleaved and their order rotates, so that a slow minute slows everyone; a round repeats short
-calls until it is well above the noise of the timer; medians over rounds decide.
+calls until it is well above the noise of the timer; medians over rounds decide. Where there are several
+threads, every runtime has its own, and they wait for more work busily before they go to sleep: a call right
+after one of another runtime would share the processors with them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 Clock = Callable[[], float]
 
 ROUND_SECONDS = 0.002  # at least, unless that takes MOST_CALLS
 MOST_CALLS = 1000
 FEWEST, MOST = 3, 15  # rounds
 SLOWER = 1.3  # best round over the leader's median: out
+ASLEEP = 0.05  # seconds until the threads of another runtime wait idly
 STABLE = 3  # rounds with the same leader, apart from all others
 
 
@@ -46,6 +51,13 @@ class Timing:
         return (high - low) / self.median if self.median else 0.0
 
 
+def settle(call: Callable[[], Any]) -> None:
+    """Make ready for timing `call` after another one."""
+    if torch.get_num_threads() > 1:
+        time.sleep(ASLEEP)
+        call()
+
+
 def measure(
     calls: Mapping[str, Callable[[], Any]], seconds: float, clock: Clock = time.perf_counter,
     race: bool = True,
@@ -69,6 +81,7 @@ def measure(
         began = clock()
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            settle(calls[name])
             before = clock()
             for _ in range(repeats[name]):
                 calls[name]()

@@ -247,6 +247,25 @@ def test_a_round_of_short_calls_is_above_the_noise(clock):
     assert clock.now - before >= 0.002
 
 
+def test_with_several_threads_the_others_fall_asleep_first(clock, monkeypatch):
+    """A call right after one of another runtime would be timed beside its threads, which still spin."""
+    order: list[str] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("time.sleep", lambda seconds: order.append("pause"))
+
+    def call(name):
+        def run():
+            disturbed = order[-1:] not in ([name], [])
+            order.append(name)
+            clock.now += 5.0 if disturbed else 1.0
+
+        return run
+
+    found = measure({name: call(name) for name in "ab"}, 1e9, clock)
+    assert found["a"].median == found["b"].median == 1.0
+    assert order[2:8] == ["pause", "a", "a", "pause", "b", "b"]
+
+
 def test_a_slow_machine_slows_everyone(clock):
     """The load doubles all times halfway: neither side is favoured."""
 
