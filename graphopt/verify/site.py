@@ -29,7 +29,7 @@ from graphopt.verify.model import relative_error
 from graphopt.verify.values import Values
 
 # Bytes of what sites have computed, and as many of values of the graph: a part of those of its states.
-LEAST_KEPT, MOST_KEPT, KEPT = 1 << 26, 1 << 27, 1 / 3
+LEAST_KEPT, MOST_KEPT, KEPT = 1 << 25, 1 << 27, 1 / 3
 TRIM_EVERY = 32  # sites
 MASKED_LIMIT = 1e-9  # relative, in the 2-norm over the outputs, in float64
 
