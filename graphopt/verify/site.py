@@ -86,8 +86,10 @@ class SiteValidator:
             return self._check_exact(old, new)
         site = Site(self.graph, {}, self._memory)
         try:
-            if new.op == "get_attr" and self._same(old, new):
-                return Verdict(True, 0.0, 0.0)
+            if new.op == "get_attr" and self.graph.is_constant(old):  # stored: no bound is needed
+                value = self._values.lifted(old)
+                if bitwise_equal(value, self._values.lifted(new)):
+                    return self._unfit(new, value) or Verdict(True, 0.0, 0.0)
             verdict = self._evaluate(site, old, new) or compare(site, old, new)
         except Exception as error:
             return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
@@ -97,10 +99,6 @@ class SiteValidator:
         if self._checked % TRIM_EVERY == 0:
             give_back()
         return verdict
-
-    def _same(self, old: fx.Node, new: fx.Node) -> bool:
-        """Whether two values are bit for bit the same in float64: then no bound is needed."""
-        return bitwise_equal(self._values.lifted(old), self._values.lifted(new))
 
     def _evaluate(self, site: Site, old: fx.Node, new: fx.Node) -> Verdict | None:
         """Evaluate a site; what is shared is known when it is read first, and values are freed after

@@ -8,24 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphopt.ir.capture import capture
 from graphopt.verify.bounds import Site
-from tests.helpers import tensor
-
-
-class Call(nn.Module):
-    def __init__(self, body: Any) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.body(*args)
+from tests.helpers import Lambda, tensor
 
 
 def bound(body: Any, *args: Tensor) -> Tensor:
-    graph = capture(Call(body), args, {}).graph
+    graph = capture(Lambda(body), args, {}).graph
     site = Site(graph, dict(zip(graph.inputs, args, strict=True)))
     for node in graph.calls:
         site.add(node)
