@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from graphopt.ir.capture import Captured, capture
 from graphopt.ir.contracts import Contract
-from graphopt.ir.driver import Record, Verdict
+from graphopt.ir.driver import Pair, Record, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.source import CaptureError
 from graphopt.module import OptimizedModule
@@ -263,10 +263,11 @@ class SiteWitness(SiteValidator):
         super().__init__(graph, inputs)
         self.witness = witness
 
-    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
+    def check(self, pairs: Sequence[Pair], contract: Contract) -> Verdict:
         self.witness.count += 1
         if self.witness.limit not in (None, self.witness.count):
             return Verdict(True)
-        self.witness.site = take_site(self.graph, old, new, self._values.lifted)
-        found = super().check(old, new, contract)
-        return dataclasses.replace(found, ok=True)
+        verdicts = {pair: super(SiteWitness, self).check([pair], contract) for pair in pairs}
+        worst = max(verdicts, key=lambda pair: verdicts[pair].badness)
+        self.witness.site = take_site(self.graph, *worst, self._values.lifted)
+        return dataclasses.replace(verdicts[worst], ok=True)

@@ -14,12 +14,14 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from graphopt.backends import auto, base as backends
-from graphopt.ir import capture as capturing
+from graphopt.ir import capture as capturing, ops
+from graphopt.ir.builder import Builder
 from graphopt.ir.capture import Captured
 from graphopt.ir.cost import cost, target
 from graphopt.ir.driver import Applications, Record, Session, Validator
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
+from graphopt.ir.interpret import is_getitem
 from graphopt.ir.lint import lint
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.laws import laws_of
@@ -335,11 +337,18 @@ def least(size: Any) -> int:
 
 
 def _moves(graph: Graph, symbol: str) -> bool:
-    """Whether a size becomes that of another axis than the first, where two rows may not do."""
+    """Whether something computes along a size as that of another axis than the first, where two rows
+    may not do; to carry it there and back (the heads of attention) is no computation."""
     return any(
         symbol in {str(one) for size in tensor.shape[1:] for one in _symbols(size)}
-        for node in graph.calls for tensor in _tensors(node.meta.get("val"))
+        for node in graph.calls if not _carries(graph, node)
+        for value in (node, *node.all_input_nodes) for tensor in _tensors(value.meta.get("val"))
     )  # fmt: skip
+
+
+def _carries(graph: Graph, node: fx.Node) -> bool:
+    op = Builder(graph, node).view(node)
+    return is_getitem(node) or isinstance(op, (ops.Permute, ops.Reshape, ops.Select, ops.Split))
 
 
 def _symbols(size: Any) -> Any:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
+from graphopt.verify import SiteValidator
 
 
 class Pair(NamedTuple):
@@ -394,6 +395,29 @@ def test_a_batch_that_becomes_another_axis_is_not_cut_for_the_check():
 
     report = graphopt.optimize(Transposes().eval(), (torch.randn(5, 1, 1),)).report
     assert report.check.ok and not report.rolled_back and report.after.batch_norms == 0
+
+
+@pytest.mark.parametrize(("body", "rows"), [
+    (lambda x: x * 2, 2),
+    (lambda x: x.unflatten(1, (3, 2)).permute(1, 0, 2).unbind(0)[0] * 2, 2),  # as heads of attention
+    (lambda x: (x.T @ x).inverse(), 8),  # of two rows it has none
+    (lambda x: x.T * 2, 8),
+])  # fmt: skip
+def test_two_rows_are_checked_where_no_computation_is_along_the_batch(monkeypatch, body, rows):
+    class Model(nn.Module):
+        def forward(self, x):
+            return body(x)
+
+    checked = []
+    make = SiteValidator.__init__
+
+    def seen(self, graph, inputs):
+        checked.append(len(inputs[0]))
+        make(self, graph, inputs)
+
+    monkeypatch.setattr(SiteValidator, "__init__", seen)
+    report = graphopt.optimize(Model(), (torch.randn(8, 6),)).report
+    assert report.check.ok and checked == [rows]
 
 
 def test_a_batch_that_must_have_some_size_is_cut_to_that():

@@ -27,7 +27,7 @@ from benchmarks.scoreboard import models, sides
 from graphopt.backends.measure import settle
 from graphopt.verify.model import relative_error
 
-ROUNDS = 9  # at least
+ROUNDS = 5  # at least
 SIZE = 1536  # of the matrices that tell the machine's peak
 
 

@@ -78,11 +78,22 @@ class Verdict:
     bound: float = math.nan
     reason: str = ""
 
+    @property
+    def badness(self) -> float:
+        """Orders verdicts: what failed above all, then by the share of the bound that was used."""
+        if not self.ok:
+            return math.inf
+        return self.error / self.bound if self.bound > 0 else 0.0
+
+
+# What is replaced, and by what.
+Pair = tuple[fx.Node, fx.Node]
+
 
 class Validator(Protocol):
     """Checks a site before it is committed. `graphopt.verify` has the real one."""
 
-    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict: ...
+    def check(self, pairs: Sequence[Pair], contract: Contract) -> Verdict: ...
 
     def forget(self, nodes: Iterable[fx.Node]) -> None: ...
 
@@ -116,7 +127,7 @@ class Session:
 
     def replace(
         self, rewrite: str, contract: Contract, old: fx.Node, new: fx.Node,
-        made: Sequence[fx.Node] = (), others: Sequence[tuple[fx.Node, fx.Node]] = (),
+        made: Sequence[fx.Node] = (), others: Sequence[Pair] = (),
     ) -> bool:  # fmt: skip
         """Check that `new` may stand for `old`, and so for `others`; if so, commit all. Returns
         whether it did.
@@ -136,10 +147,7 @@ class Session:
                 origins=origins(self.graph, gone),
             )  # fmt: skip
             return False
-        verdict = (
-            Verdict(False, reason=mistyped) if mistyped
-            else max((self._validate(*pair, contract) for pair in pairs), key=_badness)
-        )  # fmt: skip
+        verdict = Verdict(False, reason=mistyped) if mistyped else self._validate(pairs, contract)
         record = Record(
             rewrite, where, str(contract), verdict.reason, verdict.error, verdict.bound, old.name,
             self.applications.count if verdict.ok else -1, stage, origins(self.graph, gone),
@@ -184,12 +192,12 @@ class Session:
         self.applications.count += 1
         return True
 
-    def _validate(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
+    def _validate(self, pairs: Sequence[Pair], contract: Contract) -> Verdict:
         if self.validator is None:
             return Verdict(True)
         start = time.perf_counter()
         try:
-            return self.validator.check(old, new, contract)
+            return self.validator.check(pairs, contract)
         finally:
             self.validation_seconds += time.perf_counter() - start
 
@@ -318,13 +326,6 @@ class Session:
 
 def _first(reasons: Iterable[str]) -> str:
     return next(filter(None, reasons), "")
-
-
-def _badness(verdict: Verdict) -> float:
-    """Orders verdicts: what failed above all, then by the share of the bound that was used."""
-    if not verdict.ok:
-        return math.inf
-    return verdict.error / verdict.bound if verdict.bound > 0 else 0.0
 
 
 def shared_memory(old: fx.Node, new: fx.Node) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.ir import ops
 from graphopt.ir.affine import fixed
 from graphopt.ir.ops.base import hint
-from graphopt.ir.tokens import shaped
+from graphopt.ir.tokens import scaled, shaped, times
 from graphopt.ir.value import Value
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ class Transpose:
     """What multiplies each value of a region in each of the `count` features of its end."""
 
     def __init__(self, region: Region, end: Value, count: int) -> None:
-        self.region, self.end, self.count = region, end, count
-        self.given: dict[Any, list[Value | None]] = {end.node: [None]}  # None is the identity
+        self.region, self.count = region, count
+        eye = ops.Eye(count, count, end.dtype, end.meta.device)
+        self.given: dict[Any, list[Value]] = {
+            end.node: [region.rw.emit(eye).reshape(*self.sizes(end))]
+        }
 
     def weight(self) -> Value:
         """`W` `[out, in]`; declines where an op cannot be turned around."""
@@ -40,12 +43,9 @@ class Transpose:
                 _turn(step.op, self)
         return self.dense(region.start).reshape(self.count, region.width())
 
-    def is_identity(self, value: Value) -> bool:
-        return self.given[value.node] == [None]
-
     def dense(self, value: Value) -> Value:
         """What multiplies a value, `[count, ...]` laid out as its tokens are."""
-        terms = [self._written(one, value) for one in self.given.get(value.node, [])]
+        terms = self.given.get(value.node, [])
         self.region.rw.match(terms)
         total = terms[0]
         for one in terms[1:]:
@@ -53,28 +53,21 @@ class Transpose:
         self.given[value.node] = [total]
         return total
 
-    def _written(self, term: Value | None, value: Value) -> Value:
-        if term is not None:
-            return term
-        eye = ops.Eye(self.count, self.count, value.dtype, value.meta.device)
-        return self.region.rw.emit(eye).reshape(*self.sizes(value))
-
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """The shape of what multiplies a value."""
         return shaped(self.region.labels(value), value.shape, self.count)
 
-    def give(self, value: Any, term: Value | None) -> None:
+    def give(self, value: Any, term: Value) -> None:
         """Add to what multiplies a value. Along axes that were repeated it is summed."""
         if fixed(value):
             return
-        if term is not None:
-            sizes = self.sizes(value)
-            extra = term.ndim - len(sizes)
-            term = term.sum(tuple(range(extra)))
-            term = term.sum(
-                [i for i, (a, b) in enumerate(zip(term.shape, sizes, strict=True)) if a != b == 1],
-                keepdim=True,
-            ).to(value.dtype)
+        sizes = self.sizes(value)
+        extra = term.ndim - len(sizes)
+        term = term.sum(tuple(range(extra)))
+        term = term.sum(
+            [i for i, (a, b) in enumerate(zip(term.shape, sizes, strict=True)) if a != b == 1],
+            keepdim=True,
+        ).to(value.dtype)
         self.given.setdefault(value.node, []).append(term)
 
     def emit(self, op: ops.Op) -> Value:
@@ -120,28 +113,20 @@ def _turn(op: Any, to: Transpose) -> None:
 
 @_turn.register
 def _(op: ops.Linear, to: Transpose) -> None:
-    if to.is_identity(op.out):
-        to.give(op.input, op.weight.reshape(*to.sizes(op.input)))
-    else:
-        to.give(op.input, to.dense(op.out) @ op.weight)
+    to.give(op.input, times(to.dense(op.out), op.weight))
 
 
 @_turn.register
 def _(op: ops.Matmul, to: Transpose) -> None:
     if not fixed(op.right):
         to.give(op.right, _flipped(op.left) @ to.dense(op.out))
-    elif op.right.ndim == 2 and to.is_identity(op.out):
-        to.give(op.left, _flipped(op.right).reshape(*to.sizes(op.left)))
     else:
-        to.give(op.left, to.dense(op.out) @ _flipped(op.right))
+        to.give(op.left, times(to.dense(op.out), _flipped(op.right)))
 
 
 @_turn.register
 def _(op: ops.Addmm, to: Transpose) -> None:
-    if to.is_identity(op.out):
-        to.give(op.left, _flipped(op.right).reshape(*to.sizes(op.left)) * op.alpha)
-    else:
-        to.give(op.left, (to.dense(op.out) @ _flipped(op.right)) * op.alpha)
+    to.give(op.left, scaled(times(to.dense(op.out), _flipped(op.right)), op.alpha))
 
 
 def _flipped(matrix: Value) -> Value:
@@ -171,12 +156,9 @@ def _(op: Any, to: Transpose) -> None:
 @_turn.register(ops.Add)
 @_turn.register(ops.Sub)
 def _(op: Any, to: Transpose) -> None:
-    same = all(fixed(one) or to.sizes(one) == to.sizes(op.out) for one in (op.left, op.right))
-    term = None if same and to.is_identity(op.out) else to.dense(op.out)
+    term = to.dense(op.out)
     to.give(op.left, term)
-    if isinstance(op, ops.Sub) and not fixed(op.right):
-        term = -to.dense(op.out)
-    to.give(op.right, term)
+    to.give(op.right, -term if isinstance(op, ops.Sub) else term)
 
 
 @_turn.register

@@ -28,7 +28,7 @@ from torch import fx
 from graphopt.ir import ops
 from graphopt.ir.builder import Builder
 from graphopt.ir.contracts import Algebraic, Contract
-from graphopt.ir.driver import Record, Session, Validator, Verdict
+from graphopt.ir.driver import Pair, Record, Session, Validator, Verdict
 from graphopt.ir.graph import Graph, is_overload, is_pure
 from graphopt.ir.interpret import Evaluator
 from graphopt.ir.provenance import origins
@@ -272,7 +272,7 @@ def _check(session: Session, site: Rolled) -> Verdict:
                 two = builder.emit(ops.Slice(two, 0, min(held), max(held) + 1))
         if one.dtype.is_floating_point:
             one, two = one + 0.0, two + 0.0
-        verdict = session.validator.check(one.node, two.node, CONTRACT)
+        verdict = session.validator.check([(one.node, two.node)], CONTRACT)
         session.validator.forget(builder.made)
         builder.rollback()
         if not verdict.ok:
@@ -287,7 +287,7 @@ class _Checked:
     def __init__(self, inner: Validator, verdict: Verdict) -> None:
         self.inner, self.verdict = inner, verdict
 
-    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
+    def check(self, pairs: Sequence[Pair], contract: Contract) -> Verdict:
         return self.verdict
 
     def __getattr__(self, name: str) -> Any:

@@ -173,8 +173,8 @@ class Site:
         return self._interpreter.call(node, env)
 
     def tolerance(self, node: fx.Node) -> Any:
-        magnitude = self.magnitudes[node]
-        return None if magnitude is None else gamma(self.counts[node]) * (magnitude + UNDERFLOW)
+        magnitude, factor = self.magnitudes[node], gamma(self.counts[node])
+        return None if magnitude is None else magnitude * factor + UNDERFLOW * factor
 
 
 def _abs(value: Any) -> Any:

@@ -8,7 +8,9 @@ evaluated both ways in float64.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import fx
 
 from graphopt.ir.channels import Groups
 from graphopt.ir.contracts import Contract, Exact
-from graphopt.ir.driver import Verdict
+from graphopt.ir.driver import Pair, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter, seeded
 from graphopt.memory import give_back
@@ -80,47 +82,60 @@ class SiteValidator:
     # -- sites --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def check(self, old: fx.Node, new: fx.Node, contract: Contract) -> Verdict:
-        """Evaluate `old` and `new` from the values they share and compare as `contract` says."""
+    def check(self, pairs: Sequence[Pair], contract: Contract) -> Verdict:
+        """Evaluate each old value and its new one from the values they share and compare as `contract`
+        says; the worst verdict."""
         if isinstance(contract, Exact):
-            return self._check_exact(old, new)
-        site = Site(self.graph, {}, self._memory)
-        try:
-            if new.op == "get_attr" and self.graph.is_constant(old):  # stored: no bound is needed
-                value = self._values.lifted(old)
-                if bitwise_equal(value, self._values.lifted(new)):
-                    return self._unfit(new, value) or Verdict(True, 0.0, 0.0)
-            verdict = self._evaluate(site, old, new) or compare(site, old, new)
-        except Exception as error:
-            return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
-        if verdict.ok:
-            self._values.keep(new, site.values[new])
+            return max((self._check_exact(*pair) for pair in pairs), key=_badness)
         self._checked += 1
         if self._checked % TRIM_EVERY == 0:
             give_back()
-        return verdict
+        return max((self._check(part) for part in together(pairs)), key=_badness)
 
-    def _evaluate(self, site: Site, old: fx.Node, new: fx.Node) -> Verdict | None:
-        """Evaluate a site; what is shared is known when it is read first, and values are freed after
-        their last use, unless ties have to be told. Returns what is wrong with a value."""
-        shared, inner = cut(old, new)
-        for node in {old, new}.intersection(shared):
-            site.know(node, self._values.lifted(node))
-        stays = {old, new}
-        last = {used: node for node in inner for used in node.all_input_nodes}
-        if choices.decides(inner):
-            stays |= last.keys()
-        for node in inner:
-            for used in node.all_input_nodes:
-                if used not in site.values:
+    def _check(self, pairs: Sequence[Pair]) -> Verdict:
+        try:
+            (old, new), *others = pairs
+            if not others and new.op == "get_attr" and self.graph.is_constant(old):
+                value = self._values.lifted(old)  # stored: equal bits need no bound
+                if bitwise_equal(value, self._values.lifted(new)):
+                    return self._unfit(new, value) or Verdict(True, 0.0, 0.0)
+            return self._evaluate(pairs)
+        except Exception as error:
+            return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
+
+    def _evaluate(self, pairs: Sequence[Pair]) -> Verdict:
+        """Evaluate sites and compare. What is shared is known when it is read first, every pair is
+        compared as soon as it is there, and values are freed after that, unless ties have to be told."""
+        site = Site(self.graph, {}, self._memory)
+        inner = sorted({node for pair in pairs for node in cut(*pair)[1]})
+        at = {node: number for number, node in enumerate(inner)}
+        due: dict[int, list[Pair]] = {}
+        for pair in pairs:
+            due.setdefault(max(at.get(one, -1) for one in pair), []).append(pair)
+        last = {used: at[node] for node in inner for used in node.all_input_nodes}
+        for number, ready in due.items():
+            last |= {one: max(last.get(one, -1), number) for one in itertools.chain(*ready)}
+        freed: dict[int, list[fx.Node]] = {}
+        if not choices.decides(inner):
+            for node, number in last.items():
+                freed.setdefault(number, []).append(node)
+        found = []
+        for number, node in enumerate(inner):
+            ready = due.get(number, [])
+            for used in itertools.chain(node.all_input_nodes, *ready):
+                if used not in at and used not in site.values:
                     site.know(used, self._values.lifted(used))
             site.add(node)
             if unfit := self._unfit(node, site.values[node]):
                 return unfit
-            for used in node.all_input_nodes:
-                if last[used] is node and used not in stays:
-                    site.drop(used)
-        return None
+            for old, new in ready:
+                found.append(compare(site, old, new))
+                if not found[-1].ok:
+                    return found[-1]
+                self._values.keep(new, site.values[new])
+            for used in freed.get(number, ()):
+                site.drop(used)
+        return max(found, key=_badness)
 
     def _unfit(self, node: fx.Node, value: Any) -> Verdict | None:
         """A parameter that its own dtype could not hold."""
@@ -149,6 +164,9 @@ class SiteValidator:
         return Verdict(True, 0.0, 0.0)
 
 
+_badness = operator.attrgetter("badness")
+
+
 def largest(value: torch.Tensor) -> float:
     """The largest absolute value; nan if there is one; zero of nothing."""
     if not value.numel():
@@ -170,6 +188,8 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     tolerances = site.tolerance(old), site.tolerance(new)
     if tolerances[0] is None or tolerances[1] is None:
         return Verdict(False, reason=f"no rounding bound is known for {site.unknown}")
+    if len(left) == 1 and (verdict := _explained(left[0], right[0], tolerances[0] + tolerances[1])):
+        return verdict
     excused = [torch.zeros((), dtype=torch.bool) if one is None else one for one in tied]
     flips = 0
     ratio = -1.0
@@ -199,6 +219,22 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     return worst
 
 
+def _explained(a: torch.Tensor, b: torch.Tensor, bound: torch.Tensor) -> Verdict | None:
+    """The verdict on two values that are finite and differ by no more than rounding; None for others,
+    which take a closer look."""
+    if a.shape != b.shape or not a.is_floating_point() or not a.numel():
+        return None
+    if not math.isfinite(largest(bound)):
+        return None
+    error = (a - b).abs_()
+    bound = bound.expand_as(error)
+    ratio = error / bound
+    at = torch.unravel_index(ratio.argmax(), ratio.shape)
+    if not ratio[at] <= 1:  # nan compares false
+        return None
+    return Verdict(True, float(error[at]), float(bound[at]))
+
+
 def _compare_choices(
     site: Site, old: fx.Node, new: fx.Node, tied: Sequence[torch.Tensor | None]
 ) -> Verdict:
@@ -217,6 +253,14 @@ def _compare_choices(
 
 def _said(count: int, total: int) -> str:
     return f"{count} of {total} comparisons are ties that rounding decides" if count else ""
+
+
+def together(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+    """Pairs as sites: they are one, and have in common what they compute, if no value that two sides share
+    is computed by another pair."""
+    cuts = [cut(*pair) for pair in pairs]
+    shared, inner = ({node for one in cuts for node in one[side]} for side in (0, 1))
+    return [pairs] if not shared & inner else [[pair] for pair in pairs]
 
 
 def cut(old: fx.Node, new: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -256,12 +300,20 @@ class _Latest:
         return other.node < self.node
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def bitwise_equal(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.is_floating_point():
+        if a.layout is b.layout is torch.strided:
+            if torch.equal(*(one.resolve_neg().view(BITS[one.itemsize]) for one in (a, b))):
+                return True
+            if not a.sum().isnan():
+                return False
         same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
         return bool(same.all())
     return torch.equal(a, b)

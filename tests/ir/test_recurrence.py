@@ -249,6 +249,22 @@ def test_random_steps_are_rolled(drawn: Any, count: int, start: str):
     assert all(one.steps >= count - 1 for one in scans(graph))
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("count", [3, 5])
+def test_states_alike_stay_apart_in_the_last_step(factor: int, count: int):
+    """Nothing follows the last step that would tell which is which."""
+
+    def step(x: Tensor, u: Tensor, v: Tensor) -> Any:
+        y = (torch.maximum(u, v) > 0.1).to(x.dtype)
+        return y, torch.tanh(0.75 * u + 2 * x), torch.tanh(0.75 * v + factor * x)
+
+    def run(x: Tensor, u: Tensor, v: Tensor) -> Any:
+        return over_time(step, x, (u, v))
+
+    graph, session = rolled(run, tensor(count, 4, 3), tensor(4, 3, seed=7), tensor(4, 3, seed=8))
+    assert [one.steps for one in scans(graph)] == [count], session.refused
+
+
 # -- which steps there are ------------------------------------------------------------------------
 
 

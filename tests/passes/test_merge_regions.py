@@ -172,6 +172,22 @@ def test_heads_that_are_joined_are_one_token() -> None:
         assert acting(fast) == ["sin", "transpose", "reshape", "linear", "relu"]
 
 
+@pytest.mark.parametrize("passes", ["merge-regions", "canonicalize,merge-regions,canonicalize"])
+def test_one_matrix_is_the_weight_as_it_is(passes: str) -> None:
+    """The map of an identity through reshapes and one product is that matrix, and takes no product."""
+    net = Net(
+        lambda net, x: torch.addmm(net.b, x.sin().view(-1, 6), net.w).view(2, 5, 4),
+        w=nn.Parameter(tensor(6, 4)), b=nn.Parameter(tensor(4)),
+    )  # fmt: skip
+    fast = graphopt.optimize(net.eval(), (tensor(2, 5, 6),), passes=passes)
+    assert acting(fast)[-1] == "linear"
+    assert fast.graph_module is not None
+    assert not {"matmul", "mul", "addmm"} & {
+        node.target._schema.name.removeprefix("aten::")
+        for node in fast.graph_module.graph.nodes if hasattr(node.target, "_schema")
+    }  # fmt: skip
+
+
 def test_integers_are_looked_up_and_nothing_else() -> None:
     """A padding mask of integers is affine arithmetic, but it has no features that a map could mix."""
     net = Net(

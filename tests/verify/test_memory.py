@@ -13,6 +13,7 @@ import graphopt
 from graphopt.ir.capture import capture
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Evaluator, Interpreter, Kept
+from graphopt.verify import site as sites
 from graphopt.verify.bounds import Memory, Site
 from graphopt.verify.values import Values
 from tests.helpers import Net, tensor
@@ -122,8 +123,12 @@ class Residual(nn.Module):
         return self.last(x)
 
 
-def test_centring_a_stream_is_checked_in_linear_time(runs: Counter[str]) -> None:
-    """Every norm depends on all maps before it: without a memory, twice the depth is four times the work."""
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_centring_a_stream_is_checked_in_linear_time(
+    runs: Counter[str], memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every norm depends on all maps before it: one by one, twice the depth is four times the work."""
+    monkeypatch.setattr(sites, "Memory", lambda limit: Memory(min(limit, memory)))
 
     def products(depth: int) -> int:
         torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -42,14 +42,14 @@ def plus(left: Value | None, right: Value | None) -> Value | None:
 
 
 FEW = 4  # output channels of a group
-TINY = 1e-150  # keeps squares above underflow
+TINY = 1e-150  # squares of what is smaller underflow
 
 
 def length(bound: torch.Tensor, axes: int | tuple[int, ...]) -> torch.Tensor:
     """The 2-norm of absolute values over axes, which stay. By Cauchy and Schwarz a sum of products is at
     most the product of two of them: a bound that takes no product of matrices."""
-    found: torch.Tensor = torch.linalg.vector_norm(bound + TINY, dim=axes, keepdim=True)
-    return found
+    found: torch.Tensor = torch.linalg.vector_norm(bound.double(), dim=axes, keepdim=True)
+    return found + TINY * sqrt(bound.numel() / max(found.numel(), 1))
 
 
 def strided(*bounds: torch.Tensor) -> bool:
@@ -339,18 +339,26 @@ class Attention(Op):
         return 2.0 * numel(self.query) * hint(self.key.shape[-2]) * 2
 
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
-        """Weights p of scores s vary by p (ds - sum(p ds)): where a mask leaves none, by none."""
+        """Weights p of scores s vary by p (ds - sum(p ds)), and add up to at most one: where a mask
+        leaves none, they vary by none."""
         if self.dropout_p:
             return None
         scale = hint(self.query.shape[-1]) ** -0.5 if self.scale is None else abs(self.scale)
-        key, values = magnitude(self.key), magnitude(self.value)
-        if self.enable_gqa:
-            repeats = hint(self.query.shape[-3]) // hint(key.shape[-3])
-            key, values = (one.repeat_interleave(repeats, -3) for one in (key, values))
-        scores = magnitude(self.query) @ key.mT * scale
+        query, key, values = map(magnitude, (self.query, self.key, self.value))
         mask = None if self.attn_mask is None else value(self.attn_mask)
-        if mask is not None and mask.is_floating_point():
-            scores = scores + torch.where(mask.isinf(), 0.0, magnitude(self.attn_mask))
+        hides = (
+            mask is None or not mask.is_floating_point()
+        )  # others are added, and may be anything
+        if hides:
+            key, values = length(key, -1).amax(-2, keepdim=True), values.amax(-2, keepdim=True)
+        if self.enable_gqa:
+            repeats = hint(query.shape[-3]) // hint(key.shape[-3])
+            key, values = (one.repeat_interleave(repeats, -3) for one in (key, values))
+        if hides:
+            return (1 + 2 * scale * length(query, -1) * key) * values
+        assert mask is not None
+        scores = query @ key.mT * scale
+        scores = scores + torch.where(mask.isinf(), 0.0, magnitude(self.attn_mask))
         one_hot = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
         weights = torch.nn.functional.scaled_dot_product_attention(
             value(self.query), value(self.key),

@@ -13,7 +13,8 @@ from a number; it then has a formula of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,13 +160,13 @@ class _Comparison:
             _Pairing(self.steps, model, step, self.numbers) for step in range(self.steps.count)
         ]
         pairs[model].match(at[model], at[model])
-        for step in range(model + 1, self.steps.count):
-            pairs[step].match(at[model], at[step])
         start = 0
         try:
             pairs[0].match(at[model], at[0])
         except NotSteps:
             start = 1
+        for step in range(model + 1, self.steps.count):
+            pairs[step].match(at[model], at[step], _handed(*pairs[start:step][-2:]))
         at[model] += dict.fromkeys(one for pair in pairs for one in pair.more)
         states = pairs[model].states
         if any(state not in pairs[0].states for state in states):
@@ -262,21 +263,27 @@ class _Pairing:
         self.states: dict[fx.Node, fx.Node] = {}
         self.more: list[fx.Node] = []  # of the model, that the last step alone hands out
         self.own: dict[fx.Node, None] = {}  # of the model, with another number as last argument
+        self.handed: Mapping[fx.Node, fx.Node] = {}  # what holds states of the model here
 
     def number(self, node: fx.Node) -> float:
         """The last argument of what is a call of the model here; that of the model where the last step
         does not have it."""
         return self.images.get(node, node).args[-1]  # type: ignore[return-value]
 
-    def match(self, model: Sequence[fx.Node], roots: Sequence[fx.Node]) -> None:
+    def match(
+        self, model: Sequence[fx.Node], roots: Sequence[fx.Node],
+        handed: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Pair every root of this step with one of the model's, which may have more: what no later
-        step needs is not computed.
+        step needs is not computed. `handed` are the states that the steps before tell; the last step, with
+        fewer roots than others, needs them to tell states alike apart.
 
         Raises:
             NotSteps: naming the first difference.
         """
         free, queue = list(model), list(roots)
         last = self.step == self.steps.count - 1
+        self.handed = handed if last else {}
         inner: list[fx.Node] = []
         if last:  # may hand out what is no result of the other steps
             level, body = self.steps.level, self.steps.body
@@ -340,6 +347,8 @@ class _Pairing:
         if left.dtype != right.dtype or not same_shape(left.shape, right.shape):
             return False
         if state:  # the first step reads its states from outside
+            if self.handed.get(a, b) is not b:
+                return False
             held = b not in steps.inside if self.step == 0 else steps.level[b] == self.step - 1
             return held or (self.step == 0 and steps.level[b] < 0)
         if (b not in steps.inside) != leaf:
@@ -356,6 +365,15 @@ class _Pairing:
                 return False
             self.own[a] = None
         return True
+
+
+def _handed(before: _Pairing, last: _Pairing | None = None) -> dict[fx.Node, fx.Node]:
+    """What two steps in a row hand to the next one, for each state of the model."""
+    if last is None:
+        return {}
+    roots = {image: root for root, image in before.images.items()}
+    made = {state: roots[held] for state, held in last.states.items() if held in roots}
+    return {state: last.images[root] for state, root in made.items() if root in last.images}
 
 
 def _filled(inputs: Sequence[fx.Node | None]) -> list[fx.Node]:

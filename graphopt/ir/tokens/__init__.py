@@ -9,8 +9,10 @@ from graphopt.ir.tokens.core import (
     Step as Step,
     Tokens as Tokens,
     is_full as is_full,
+    scaled as scaled,
     shaped as shaped,
     step as step,
+    times as times,
 )
 
 AFFINE = tuple(cls for cls in step.registry if cls is not object)

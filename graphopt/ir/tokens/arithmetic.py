@@ -15,8 +15,11 @@ from graphopt.ir.tokens.core import (
     Tokens,
     apart,
     inside,
+    is_identity,
     mapped,
+    scaled,
     step,
+    times,
 )
 from graphopt.ir.value import Value
 
@@ -43,13 +46,13 @@ def _(op: ops.Linear, region: Region) -> Step:
     )
 
     def emit(tokens: Tokens) -> Value | None:
-        shape = tokens.shaped(labels, op.out.shape)
-        if tokens.is_identity(op.input):
-            return op.weight.permute(1, 0).reshape(*shape)
         x = tokens.at(op.input)
         bias = None if op.bias is None else tokens.at(op.bias)
         if x is None:
+            shape = tokens.shaped(labels, op.out.shape)
             return None if bias is None else bias.expand(*shape)  # type: ignore[no-any-return]
+        if bias is None and is_identity(x):
+            return times(x, op.weight.permute(1, 0))
         return tokens.emit(ops.Linear(x, op.weight, bias))
 
     return Step(op, labels, emit)
@@ -105,7 +108,12 @@ def _(op: ops.Matmul, region: Region) -> Step:
         apart(region, right, rows[:-2], without=2)
         missing = max(0, right.ndim - op.left.ndim)
         labels: Labels = (*(INSIDE,) * missing, *rows[:-1], INSIDE)
-        return Step(op, labels, mapped(op, left=op.left))
+
+        def emit(tokens: Tokens) -> Value | None:
+            x = tokens.at(op.left)
+            return None if x is None else times(x, right)
+
+        return Step(op, labels, emit)
     region.rw.require(
         fixed(op.left), f"{describe(op.out)} multiplies what depends on its input twice"
     )
@@ -128,10 +136,10 @@ def _(op: ops.Addmm, region: Region) -> Step:
 
     def emit(tokens: Tokens) -> Value | None:
         x, bias = tokens.at(op.left), tokens.at(op.input)
-        product = None if x is None else tokens.emit(ops.Matmul(x, op.right)) * op.alpha
+        product = None if x is None else scaled(times(x, op.right), op.alpha)
         if bias is None:
             return product
-        bias = (bias * op.beta).expand(*tokens.shaped(labels, op.out.shape))
+        bias = scaled(bias, op.beta).expand(*tokens.shaped(labels, op.out.shape))
         return bias if product is None else product + bias  # type: ignore[no-any-return]
 
     return Step(op, labels, emit)

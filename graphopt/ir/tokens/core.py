@@ -74,9 +74,6 @@ class Tokens:
         eye = ops.Eye(self.count, self.count, value.dtype, value.meta.device)
         return self.emit(eye).reshape(*self.sizes(value))
 
-    def is_identity(self, value: Value) -> bool:
-        return self.identity and value == self.region.start and self.region.inside == 1
-
     def sizes(self, value: Value) -> tuple[Any, ...]:
         """The shape of a value for these tokens."""
         return self.shaped(self.region.labels(value), value.shape)
@@ -86,6 +83,25 @@ class Tokens:
 
     def emit(self, op: ops.Op) -> Value:
         return self.region.rw.emit(op)
+
+
+def is_identity(value: Value) -> bool:
+    """Whether the rows of a value are those of an identity matrix, in their order."""
+    op = value.op
+    while isinstance(op, ops.Reshape):
+        op = op.input.op
+    return isinstance(op, ops.Eye) and op.m in (None, op.n) and value.shape[-1] == op.n
+
+
+def times(value: Value, matrix: Value) -> Value:
+    """`value @ matrix`, which is the matrix where the value is the identity."""
+    if matrix.ndim == 2 and is_identity(value):
+        return matrix.reshape(*value.shape[:-1], matrix.shape[-1])
+    return value @ matrix
+
+
+def scaled(value: Value, factor: Any) -> Value:
+    return value if factor == 1 else value * factor
 
 
 def is_full(value: Any) -> bool:
