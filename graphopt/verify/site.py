@@ -111,10 +111,10 @@ class SiteValidator:
         at = {node: number for number, node in enumerate(inner)}
         due: dict[int, list[Pair]] = {}
         for pair in pairs:
-            due.setdefault(max(at.get(one, -1) for one in pair), []).append(pair)
+            due.setdefault(max(at.get(one, 0) for one in pair), []).append(pair)
         last = {used: at[node] for node in inner for used in node.all_input_nodes}
         for number, ready in due.items():
-            last |= {one: max(last.get(one, -1), number) for one in itertools.chain(*ready)}
+            last |= {one: max(last.get(one, 0), number) for one in itertools.chain(*ready)}
         freed: dict[int, list[fx.Node]] = {}
         if not choices.decides(inner):
             for node, number in last.items():

@@ -9,15 +9,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphopt
 from graphopt.ir import ops
+from graphopt.ir.builder import Builder
 from graphopt.ir.capture import capture
+from graphopt.ir.contracts import Algebraic
 from graphopt.ir.driver import Session
 from graphopt.ir.ops import times
 from graphopt.ir.rewrite import Rewriter
-from graphopt.verify.site import SiteValidator, cut
+from graphopt.verify.site import SiteValidator, cut, together
+from tests.helpers import Net, tensor
 
 
 def fold(norm: ops.BatchNorm, rw: Rewriter, *, eps: float | None = None, center: bool = True,
@@ -170,3 +173,38 @@ def test_comparisons_may_differ_where_rounding_decides_a_tie(threshold, passes):
     session.run([divide])
     (record,) = session.applied if passes else session.rolled_back
     assert ("1 of 4" if passes else "2 of 4") in record.reason
+
+
+def several(*wrong: int) -> tuple[SiteValidator, list[tuple[fx.Node, fx.Node]]]:
+    """`sin(x)`, and its double and treble, with sums in their place; those of `wrong` are not right."""
+    graph = capture(
+        Net(lambda net, x: (x.sin() * 2, x.sin() * 3, x.sin())), (tensor(3, 4),), {}
+    ).graph
+    builder = Builder(graph, graph.output)
+    double, treble, once = map(builder.value, graph.output.all_input_nodes)
+    sine, other = builder.value(double.node.args[0]), builder.value(treble.node.args[0])
+    new = [sine + sine, other + other + other, sine + 0.0]
+    pairs = [(one.node, (by + 0.5 if number in wrong else by).node)
+             for number, (one, by) in enumerate(zip((double, treble, once), new, strict=True))]  # fmt: skip
+    return SiteValidator(graph, [tensor(3, 4)]), pairs
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (1,), (2,), (0, 2)])
+def test_values_that_go_together_are_all_compared(wrong: tuple[int, ...]):
+    validator, pairs = several(*wrong)
+    assert validator.check(pairs, Algebraic()).ok == (not wrong)
+    assert validator.check(pairs[::-1], Algebraic()).ok == (not wrong)
+
+
+def test_values_that_go_together_are_one_site_unless_one_is_the_cut_of_another():
+    _, ((double, two), (treble, three), _) = several()
+    assert together([(double, two), (treble, three)]) == [[(double, two), (treble, three)]]
+    graph = capture(Net(lambda net, x: x.sin().cos()), (tensor(3, 4),), {}).graph
+    builder = Builder(graph, graph.output)
+    (cosine,) = map(builder.value, graph.output.all_input_nodes)
+    (sine,) = map(builder.value, cosine.node.all_input_nodes)
+    first, second = (sine.node, (sine + 0.0).node), (cosine.node, builder.emit(ops.Cos(sine)).node)
+    assert together([second]) == [[second]]
+    below = (sine.node, builder.emit(ops.Sin(builder.value(graph.inputs[0]))).node)
+    assert together([below, second]) == [[below], [second]]
+    assert together([first, second]) == [[first, second]]
