@@ -90,24 +90,23 @@ class SiteValidator:
         self._checked += 1
         if self._checked % TRIM_EVERY == 0:
             give_back()
-        return max((self._check(part) for part in together(pairs)), key=_badness)
+        return max((self._check(*part) for part in together(pairs)), key=_badness)
 
-    def _check(self, pairs: Sequence[Pair]) -> Verdict:
+    def _check(self, pairs: Sequence[Pair], inner: Sequence[fx.Node]) -> Verdict:
         try:
             (old, new), *others = pairs
             if not others and new.op == "get_attr" and self.graph.is_constant(old):
                 value = self._values.lifted(old)  # stored: equal bits need no bound
                 if bitwise_equal(value, self._values.lifted(new)):
                     return self._unfit(new, value) or Verdict(True, 0.0, 0.0)
-            return self._evaluate(pairs)
+            return self._evaluate(pairs, inner)
         except Exception as error:
             return Verdict(False, reason=f"could not be evaluated: {type(error).__name__}: {error}")
 
-    def _evaluate(self, pairs: Sequence[Pair]) -> Verdict:
+    def _evaluate(self, pairs: Sequence[Pair], inner: Sequence[fx.Node]) -> Verdict:
         """Evaluate sites and compare. What is shared is known when it is read first, every pair is
         compared as soon as it is there, and values are freed after that, unless ties have to be told."""
         site = Site(self.graph, {}, self._memory)
-        inner = sorted({node for pair in pairs for node in cut(*pair)[1]})
         at = {node: number for number, node in enumerate(inner)}
         due: dict[int, list[Pair]] = {}
         for pair in pairs:
@@ -188,7 +187,7 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     tolerances = site.tolerance(old), site.tolerance(new)
     if tolerances[0] is None or tolerances[1] is None:
         return Verdict(False, reason=f"no rounding bound is known for {site.unknown}")
-    if len(left) == 1 and (verdict := _explained(left[0], right[0], tolerances[0] + tolerances[1])):
+    if len(left) == 1 and (verdict := _explained(left[0], right[0], *tolerances)):
         return verdict
     excused = [torch.zeros((), dtype=torch.bool) if one is None else one for one in tied]
     flips = 0
@@ -219,11 +218,14 @@ def compare(site: Site, old: fx.Node, new: fx.Node) -> Verdict:
     return worst
 
 
-def _explained(a: torch.Tensor, b: torch.Tensor, bound: torch.Tensor) -> Verdict | None:
+def _explained(
+    a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> Verdict | None:
     """The verdict on two values that are finite and differ by no more than rounding; None for others,
-    which take a closer look."""
+    which take a closer look. `left` and `right` are their rounding bounds."""
     if a.shape != b.shape or not a.is_floating_point() or not a.numel():
         return None
+    bound = left + right
     if not math.isfinite(largest(bound)):
         return None
     error = (a - b).abs_()
@@ -255,12 +257,14 @@ def _said(count: int, total: int) -> str:
     return f"{count} of {total} comparisons are ties that rounding decides" if count else ""
 
 
-def together(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    """Pairs as sites: they are one, and have in common what they compute, if no value that two sides share
-    is computed by another pair."""
+def together(pairs: Sequence[Pair]) -> list[tuple[Sequence[Pair], list[fx.Node]]]:
+    """Pairs as sites, each with the nodes to compute, in graph order. Pairs are one site, and have in common
+    what they compute, if no value that two sides share is computed by another pair."""
     cuts = [cut(*pair) for pair in pairs]
     shared, inner = ({node for one in cuts for node in one[side]} for side in (0, 1))
-    return [pairs] if not shared & inner else [[pair] for pair in pairs]
+    if shared & inner:
+        return [([pair], one) for pair, (_, one) in zip(pairs, cuts, strict=True)]
+    return [(pairs, sorted(inner))]
 
 
 def cut(old: fx.Node, new: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

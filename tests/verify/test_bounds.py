@@ -76,3 +76,14 @@ def test_signs_of_the_factors_do_not_matter():
 def test_a_convolution_of_a_tensor_with_itself():
     x = tensor(4, 4, 3, 3)
     holds(lambda x: F.conv2d(x, x), x)
+
+
+def test_attention_does_not_count_what_the_mask_hides_from_every_query():
+    """As the unused rest of a cache."""
+    query, key, values = tensor(2, 3, 4), tensor(2, 5, 4, seed=1), tensor(2, 5, 4, seed=2)
+    mask = torch.tensor([True, True, False, True, False]).expand(3, 5)
+    seen = mask[0].nonzero().flatten()
+    rest = bound(F.scaled_dot_product_attention, query, key[:, seen], values[:, seen])
+    key[:, ~mask[0]], values[:, ~mask[0]] = 1e12, 1e15
+    found = bound(F.scaled_dot_product_attention, query, key, values, mask)
+    torch.testing.assert_close(found, rest, rtol=1e-12, atol=0)

@@ -345,20 +345,19 @@ class Attention(Op):
             return None
         scale = hint(self.query.shape[-1]) ** -0.5 if self.scale is None else abs(self.scale)
         query, key, values = map(magnitude, (self.query, self.key, self.value))
-        mask = None if self.attn_mask is None else value(self.attn_mask)
-        hides = (
-            mask is None or not mask.is_floating_point()
-        )  # others are added, and may be anything
-        if hides:
-            key, values = length(key, -1).amax(-2, keepdim=True), values.amax(-2, keepdim=True)
         if self.enable_gqa:
             repeats = hint(query.shape[-3]) // hint(key.shape[-3])
             key, values = (one.repeat_interleave(repeats, -3) for one in (key, values))
-        if hides:
-            return (1 + 2 * scale * length(query, -1) * key) * values
-        assert mask is not None
-        scores = query @ key.mT * scale
-        scores = scores + torch.where(mask.isinf(), 0.0, magnitude(self.attn_mask))
+        mask = None if self.attn_mask is None else value(self.attn_mask)
+        if mask is None or mask.dtype == torch.bool:  # others are added, and may be anything
+            key = length(key, -1)
+            if mask is not None:  # what no query sees has no part in it
+                hidden = ~mask.any(-2, keepdim=True).mT
+                key, values = torch.where(hidden, 0.0, key), torch.where(hidden, 0.0, values)
+            spread = scale * length(query, -1) * key.amax(-2, keepdim=True)
+            return (1 + 2 * spread) * values.amax(-2, keepdim=True)
+        added = torch.where(mask.isinf(), 0.0, magnitude(self.attn_mask))
+        scores = query @ key.mT * scale + added
         one_hot = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
         weights = torch.nn.functional.scaled_dot_product_attention(
             value(self.query), value(self.key),
