@@ -18,11 +18,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import digits
 
 RESULTS = Path(__file__).parent / "results"
 FROZEN: dict[str, dict[str, Any]] = {"adabn": {}, "alpha-bn": {"alpha": 0.5}, "adamixbn": {}}
@@ -71,15 +70,6 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images, labels, test_size=640, random_state=seed, stratify=labels)
-    x, test_x = (
-        torch.tensor(one, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for one in split[:2]
-    )
-    return x, torch.tensor(split[2]), test_x, torch.tensor(split[3])
-
-
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     model.train()
@@ -106,7 +96,8 @@ def norms_left(model: graphopt.OptimizedModule) -> int:
 
 def one_run(seed: int, epochs: int, batch: int) -> list[dict[str, Any]]:
     """Accuracies of one trained network for every corruption, method and stream."""
-    x, y, test_x, test_y = data(seed)
+    x, y, test_x, test_y = digits(seed, test=640)
+    x, test_x = 2 * x - 1, 2 * test_x - 1
     torch.manual_seed(seed)
     source = network()
     train(source, x, y, epochs)

@@ -21,11 +21,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import digits
 from graphopt.training.swaps import swap
 from graphopt.training.swaps.attention import attend
 
@@ -90,15 +89,6 @@ class DeiT(nn.Module):
 # -- accuracy ---------------------------------------------------------------------------------------
 
 
-def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images, labels, test_size=360, random_state=seed, stratify=labels)
-    x, test_x = (
-        torch.tensor(one, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for one in split[:2]
-    )
-    return x, torch.tensor(split[2]), test_x, torch.tensor(split[3])
-
-
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int, lr: float) -> float:
     """AdamW with a cosine, noise on the images. Returns the processor's seconds."""
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +126,8 @@ def one_run(
     seed: int, epochs: int, batch: int, swaps: dict[str, dict[str, str]]
 ) -> list[dict[str, Any]]:
     """The model with layer norms, trained on as it is and with each swap."""
-    x, y, test_x, test_y = data(seed)
+    x, y, test_x, test_y = digits(seed)
+    x, test_x = 2 * x - 1, 2 * test_x - 1
     torch.manual_seed(seed)
     source = DeiT(8, 2, 1, width=64, depth=4, heads=4, classes=10)
     train(source, x, y, epochs, batch, 2e-3)

@@ -3,7 +3,7 @@
 Small random configurations with gains, shifts and layer scales of both signs and zeros. For each: the
 norms that are computed, the gains and shifts they read, their FLOPs and bytes at batch 2, before (every
 formula of a norm taken as one op) and after `deploy`; the error in float64; what keeps its mean or its gain,
-and why. Source of what is to be refused: reference/transformations.md 3.4, 3.5.
+and why.
 """
 
 from __future__ import annotations

@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import digits
 from graphopt.ir.channels.remove import remove
 from graphopt.ir.cost import cost
 from graphopt.ir.graph import Graph
@@ -63,15 +62,6 @@ def network(width: int, blocks: int) -> nn.Module:
             layers.append(Block(inside, out, 2 if stage and not number else 1))
             inside = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
-
-
-def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images, labels, test_size=360, random_state=seed, stratify=labels)
-    x, test_x = (
-        torch.tensor(one, dtype=torch.float32).view(-1, 1, 8, 8) / 16 - 0.3 for one in split[:2]
-    )
-    return x, torch.tensor(split[2]), test_x, torch.tensor(split[3])
 
 
 def train(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, epochs: int, batch: int) -> float:
@@ -120,7 +110,8 @@ def one_run(
     seed: int, width: int, blocks: int, epochs: int, batch: int, sparsity: float
 ) -> dict[str, Any]:
     """Both trainings for one seed."""
-    x, y, test_x, test_y = data(seed)
+    x, y, test_x, test_y = digits(seed)
+    x, test_x = x - 0.3, test_x - 0.3
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
     torch.manual_seed(seed)

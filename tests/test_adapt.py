@@ -65,7 +65,7 @@ def together(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 
 def adamix(bn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaMixBN's mixture and its lambda, instance by instance, as section 3.12 writes it."""
+    """AdaMixBN's mixture and its lambda, instance by instance (DomainAdaptor, arXiv 2308.10297)."""
     (mt, vt), ms, vs = together(x, True), bn.running_mean, bn.running_var
 
     def d(ma: Tensor, sa: Tensor, mb: Tensor, sb: Tensor) -> Tensor:

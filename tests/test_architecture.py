@@ -1,4 +1,4 @@
-"""The import direction of DESIGN.md: ir <- passes, backends <- verify, report, pipeline <- the top."""
+"""The direction of imports: ir <- passes, backends <- verify, report, pipeline <- the top."""
 
 from __future__ import annotations
 

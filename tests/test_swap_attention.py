@@ -55,7 +55,7 @@ def over(swapped: Any) -> Any:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, new: Any, side: int, skipped: int = 0) -> Tensor:
-    """reference/transformations.md 3.2, token by token."""
+    """The formula of SLA, token by token."""
     q, k = q.relu(), (k + new.position).relu()
     out = torch.zeros(*q.shape[:-1], v.shape[-1]).double()
     for i in range(q.shape[-2]):

@@ -316,7 +316,7 @@ def new_norm(to: str, axis: int, ndim: int, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("axis", "shape"), [(2, TOKENS), (1, IMAGE)])
 def test_formulas(axis: int, shape: tuple[int, ...]):
-    """reference/transformations.md 3.1, 3.3, 3.6, 3.10, in training and in eval mode."""
+    """The formulas of the papers, in training and in eval mode."""
     x = tensor(*shape)
     first = x.movedim(axis, 1)  # channels second
     rest = (1,) * (x.ndim - 2)

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.fuzz.checks import check
 from benchmarks.fuzz.row import Row, Wrong
-from benchmarks.limits import at_most
+from graphopt.fleet.trials import OutOfTime, at_most
 from graphopt.testing import strategies
 from graphopt.testing.strategies import Network
 
@@ -105,7 +105,7 @@ def _run(
         pass
     except hypothesis.errors.Flaky:
         smallest[0].reason += " (not every time)"
-    except TimeoutError:
+    except OutOfTime:
         rows.append(Row(kind, mode, "timeout", f"more than {timeout:.0f} s", seconds=timeout))
     if not smallest:
         return None

@@ -27,9 +27,9 @@ import typer
 from torch import Tensor, nn
 
 import graphopt
-from benchmarks.limits import at_most
 from benchmarks.prunability.networks import NETWORKS, STATISTIC, Network
 from benchmarks.prunability.row import first_line
+from graphopt.fleet.trials import OutOfTime, at_most
 
 RESULTS = Path(__file__).parents[1] / "results"
 LIMIT = 1e-9  # relative, in float64
@@ -182,7 +182,7 @@ def peer(name: str) -> Result:
             stage = "crash-forward"
             with torch.no_grad():
                 model(x)
-    except TimeoutError:
+    except OutOfTime:
         return Result("hang", f"{PATIENCE} s")
     except Exception as error:
         return Result(stage, first_line(error))

@@ -45,7 +45,7 @@ class PatchNormViT(nn.Module):
 def deploy_patch_norm_vit(net: nn.Module) -> nn.Module:
     """The weight and bias of the first norm folded into the embedding; the norm itself stays.
 
-    Written as one strided convolution and a scalar per patch (transformations.md 3.8), the variance
+    Written as one strided convolution and a scalar per patch (Dual PatchNorm, arXiv 2302.01327), the variance
     of a patch alone takes more ops than the layer norm.
     """
     assert isinstance(net, PatchNormViT)

@@ -22,9 +22,9 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphopt
-from benchmarks.limits import at_most
 from benchmarks.scoreboard import models, sides
 from graphopt.backends.measure import settle
+from graphopt.fleet.trials import OutOfTime, at_most
 from graphopt.verify.model import relative_error
 
 ROUNDS = 5  # at least
@@ -76,7 +76,7 @@ def measure(
             with at_most(limit):
                 run = sides.SIDES[name](model, args)
                 found = [one.clone() for one in pytree.tree_leaves(run(*args))]
-        except Exception as error:
+        except (Exception, OutOfTime) as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             say(side=name, failed=why)
             continue

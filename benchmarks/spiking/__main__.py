@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.spiking import exact, gpu, library_fold, speed, streaming, zoo
 from benchmarks.spiking.table import markdown
-from benchmarks.spiking.train import digits, encode
+from benchmarks.spiking.train import encode, upsampled
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("exact", "library", "nets", "speed", "streaming", "gpu")
@@ -72,7 +72,7 @@ def planned(
     part: str, samples: int, rounds: float, passes: str | None
 ) -> Iterator[tuple[str, Any]]:
     """The keys of a part's rows, each with what measures it."""
-    data = digits()
+    data = upsampled()
 
     def trained(name: str, steps: int = 4) -> nn.Module:
         return zoo.NETS[name].trained(name, data, steps)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import Digits
 from benchmarks.spiking.nets import Fire, Neuron, Recorded
-from benchmarks.spiking.train import Digits, accuracy, many, mix_signs
+from benchmarks.spiking.train import accuracy, many, mix_signs
 
 CHUNK = 125
 _BY_PARAMETER = re.compile(r"aten\.(?:mul|div)\.Tensor\([^)]*\bw\d+\b")

@@ -14,7 +14,7 @@ import torch
 from spikingjelly.activation_based import functional
 
 from benchmarks.spiking import speed, zoo
-from benchmarks.spiking.train import digits
+from benchmarks.spiking.train import upsampled
 
 ROWS = (("SpikingJelly LIF", "lif"), ("SpikingJelly PLIF", "plif"),
         ("SpikingJelly spiking ResNet", "lif"))  # fmt: skip
@@ -31,7 +31,7 @@ def planned(rounds: float) -> Iterator[tuple[str, Any]]:
                 ) -> Any:
                     torch.manual_seed(0)
                     model = zoo.NETS[name].make(steps=steps).eval().cuda()
-                    x = digits().test_x[:batch].cuda()
+                    x = upsampled().test_x[:batch].cuda()
                     ways = ("eager", "compiled", "ours eager", "ours inductor", "ours triton")
                     row = dataclasses.asdict(speed.measure(name, model, x, steps, rounds, ways))
                     chosen: Any = functional.neuron_implementation(kind, x.device)

@@ -17,10 +17,11 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 import graphopt
+from benchmarks.digits import Digits
 from benchmarks.spiking.exact import CHUNK, norms, refusals
 from benchmarks.spiking.libraries import SPIKES
 from benchmarks.spiking.nets import Recorded
-from benchmarks.spiking.train import Digits, accuracy, many, mix_signs
+from benchmarks.spiking.train import accuracy, many, mix_signs
 
 
 @dataclasses.dataclass

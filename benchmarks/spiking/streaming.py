@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import graphopt
+from benchmarks.digits import Digits
 from benchmarks.spiking import zoo
-from benchmarks.spiking.train import Digits, encode
+from benchmarks.spiking.train import encode
 from graphopt.streaming import streaming
 
 NETS = ("MPBN VGG, rate", "MPBN VGG by steps, soft reset", "SpikingJelly LIF", "snnTorch Leaky")

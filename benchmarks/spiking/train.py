@@ -11,37 +11,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+
+from benchmarks.digits import Digits, digits
 
 CACHE = Path(tempfile.gettempdir()) / "graphopt-spiking"
 ENCODINGS = ("direct", "rate")
 
 
-class Digits(NamedTuple):
-    """Images of values from 0 to 1, `[N, 1, size, size]`, and labels."""
-
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-def digits(size: int = 16, seed: int = 0) -> Digits:
-    """The digits, upsampled from 8x8."""
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images, labels, test_size=360, random_state=seed, stratify=labels)
+def upsampled(size: int = 16) -> Digits:
+    """The digits, `[N, 1, size, size]`."""
+    x, y, test_x, test_y = digits()
     x, test_x = (
-        nn.functional.interpolate(
-            torch.tensor(one, dtype=torch.float32).view(-1, 1, 8, 8) / 16, (size, size),
-            mode="bilinear",
-        ) for one in split[:2]
-    )  # fmt: skip
-    return Digits(x, torch.tensor(split[2]), test_x, torch.tensor(split[3]))
+        nn.functional.interpolate(one, (size, size), mode="bilinear") for one in (x, test_x)
+    )
+    return Digits(x, y, test_x, test_y)
 
 
 def many(images: Tensor, labels: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import Digits
 from benchmarks.spiking.exact import norms, scaling, seconds
 from benchmarks.spiking.libraries import SPIKES, Snn, jelly_resnet, jelly_vgg
 from benchmarks.spiking.nets import Neuron, Recorded, Style, resnet, vgg
-from benchmarks.spiking.train import Digits, accuracy, encode, mix_signs, trained
+from benchmarks.spiking.train import accuracy, encode, mix_signs, trained
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Statistics of a batch norm on target data: pooled over batches, mixed with those of the source.
 
-Inputs are [N, C, *]; statistics of a channel are [C], of an instance and channel [N, C]. Source:
-reference/transformations.md section 3.12.
+Inputs are [N, C, *]; statistics of a channel are [C], of an instance and channel [N, C]. Source of
+the mixture: Schneider et al. (arXiv 2006.16971).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class TrialError(Exception):
 
 
 class OutOfTime(BaseException):
-    """A trial that takes too long; no handler of ordinary errors is to keep it going."""
+    """Something takes too long; no handler of ordinary errors is to keep it going."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Scales and shifts, per channel or the same for all, and how axes of channels move.
 
 `graphopt.ir.absorb` moves them towards the inputs, into what computes a value; `graphopt.ir.extract`
-moves them out of a value, into what reads it. Source of the conditions: reference/transformations.md
-sections 1.2 to 1.5, 4.4.
+moves them out of a value, into what reads it. That scales which are not negative pass
+ReLU and its like is used by Nagel et al. (arXiv 1906.04721).
 """
 
 from __future__ import annotations

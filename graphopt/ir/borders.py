@@ -1,9 +1,7 @@
 """What a zero-padded border sees of a constant: two ways to add it where real pixels are read.
 
-    W pad(x + c)  =  W pad(x) + map,  map = W pad(c)         a map over the output positions
-    W pad(x + c)  =  [W, W c] pad([x, 1])                    a channel of ones
-
-Source: reference/transformations.md 1.4.
+W pad(x + c)  =  W pad(x) + map,  map = W pad(c)         a map over the output positions
+W pad(x + c)  =  [W, W c] pad([x, 1])                    a channel of ones
 """
 
 from __future__ import annotations

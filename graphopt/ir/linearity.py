@@ -8,7 +8,7 @@ Then, with E the tokens of the identity matrix,
     end = W start + b,    b = region(0),    W^T = region(E) - b,
 
 two expressions of parameters alone, which `materialize` evaluates. No form of the map is known
-beforehand: a method published tomorrow is a region like any other. Source: reference/adapters.md.
+beforehand: a method published tomorrow is a region like any other.
 
 A region that starts from integers, which rows of tables take the place of, is a table itself: what it
 makes of all rows at once.

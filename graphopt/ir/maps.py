@@ -5,8 +5,7 @@
 
 A map is an `ops.Conv` or `ops.Linear` that need not be in the graph: a weight, a bias and a geometry,
 applied to its `input`. Padding is what makes a map of an image differ from a matrix; the conditions
-say where it matters. Source: reference/transformations.md 4.1 to 4.3; DBB (arXiv 2103.13425), RepVGG
-(2101.03697).
+say where it matters. Sources: DBB (arXiv 2103.13425), RepVGG (2101.03697).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ A layer norm subtracts the mean of what it reads before anything else. So, with 
 
 and where every reader of a sum is such a norm (the residual stream of a pre-norm transformer), its
 writers may leave the mean out from the start. `stream` finds all that hangs together with what a norm
-reads, `centred` writes it anew. Source: reference/transformations.md 3.5; SliceGPT (arXiv 2401.15024),
-Pre-RMSNorm transformers (arXiv 2305.14858).
+reads, `centred` writes it anew. Sources: SliceGPT (arXiv 2401.15024), Pre-RMSNorm
+transformers (2305.14858).
 """
 
 from __future__ import annotations

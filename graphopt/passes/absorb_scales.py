@@ -8,7 +8,7 @@
 The last two because all scores of a query grow by the same number, and its weights add up to one. The gain of
 normalized keys moves into the queries', softmax(q (g k)^T) = softmax((g q) k^T).
 Scales that are not negative also pass ReLU and its relatives, and maxima. Where zero padding meets a
-shift, see `graphopt.ir.extract`. Source: reference/transformations.md 1.4, 4.4, 4.5.
+shift, see `graphopt.ir.extract`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def drop_key_bias(attention: ops.Attention, rw: Rewriter) -> Value:
 @rewrite
 def move_key_gain(attention: ops.Attention, rw: Rewriter) -> Value:
     """softmax(q (g k)^T) = softmax((g q) k^T): one gain for two, where queries and keys are normalized
-    and nothing rotates them in between. Source: reference/transformations.md 3.4."""
+    and nothing rotates them in between."""
     rw.match(attention.key != attention.value and attention.key != attention.query)
     gains: list[Value] = []
 

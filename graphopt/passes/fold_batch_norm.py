@@ -8,7 +8,7 @@ grouped and transposed, and for linear maps whose features are the norm's channe
 and the map may stand sums, concatenations, reorderings, averages (see `graphopt.ir.absorb` and
 `graphopt.ir.extract`, which treats the zero-padded border).
 
-Source: Efficient ConvBN Blocks (arXiv 2305.11624); reference formulas in transformations.md 1.
+Source: Efficient ConvBN Blocks (arXiv 2305.11624).
 Only expressions of the original parameters are emitted, so the result still trains (Tune mode);
 `materialize` turns them into stored weights (Deploy mode).
 """

@@ -17,7 +17,7 @@ stays one (INSTA-BNN, arXiv 2204.07439).
 
 The published fold of MPBN, (theta - bias) sqrt(var) / weight + mean, leaves out the negative and the zero
 scale and eps. Spikes are equal but where the source is within rounding of a tie, which the check of every
-site counts. Source: reference/transformations.md 2.1, 3.11.
+site counts.
 """
 
 from __future__ import annotations

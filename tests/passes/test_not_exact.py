@@ -7,12 +7,9 @@ A row says what must happen to its model instead, in Tune and in Deploy mode: wh
   nothing but the ops.
 
 Either way the outputs are those of the source model on two inputs, and nothing is rolled back: an
-error that only validation notices is a wrong fold too. Source: reference/transformations.md 7, and the
-defects in published code that 3.1, 3.9, 4.1, 4.2 list.
-
-Not here, for no pass claims them: spiking MPBN (2), LN -> RMSNorm (3.5), SLA, RepBN, DyT and PowerNorm
-in place of LN (3.1 to 3.6), AdaMixBN and UnMix-TNS (3.12), high-bias absorption (4.8), B-cos (4.9),
-CLOVER (4.10), SVD, utilised rank, Monarch and BLAST (4.11 to 4.14), hidden expansion, Net2Net (5).
+error that only validation notices is a wrong fold too. Among them are the defects of published
+code (SLAB, IBN-Net, RepVGG, DBB). What training changes anyway (swapped norms, adaptation, low rank,
+growth) has specifications of its own.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from graphopt.ir.ops import widen
 from graphopt.ir.value import Value
 from graphopt.passes.base import available
 from graphopt.verify.proof import Proof, prove
-from graphopt.verify.proof.cache import SHIPPED, key
+from graphopt.verify.proof.cache import SHIPPED, code, key
 
 REWRITES = [
     pytest.param(one, id=f"{name}:{one.name}")
@@ -82,7 +82,13 @@ def test_every_rewrite_is_proved_or_says_why_not(one):
     assert found.proved and found.depth >= 1 and found.cases > 0, str(found)
 
 
-# -- false rules (reference/rewriting.md section 3) ----------------------------------------------
+def test_a_proof_rests_on_code_and_not_on_docstrings():
+    text = 'class A:\n    """One."""\n\n    def f(self):\n        return "One."\n'
+    assert code(text) == code(text.replace('"""One."""', '"""One\n    and more."""'))
+    assert code(text) != code(text.replace('return "One."', 'return "Two."'))
+
+
+# -- false rules ----------------------------------------------------------------------------------
 
 
 @rewrite

@@ -174,7 +174,7 @@ class Conv(Multilinear, Op):
         return bound if self.bias is None else bound + magnitude(self.bias).reshape(shape)
 
     def scale_out(self, factor: Value | float) -> Value:
-        """The weight with output channel o multiplied by `factor[o]`; transformations.md 0."""
+        """The weight with output channel o multiplied by `factor[o]`."""
         ones = (1,) * self.rank
         if not isinstance(factor, Value) or factor.ndim == 0:
             return times(self.weight, factor)

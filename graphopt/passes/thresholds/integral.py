@@ -5,7 +5,7 @@
 for x and B known to be integers (signs, spikes) and alpha per output channel, not negative: its sign is
 part of B. An XNOR convolution has alpha_o = mean |W_o|, B = sign(W). Its dot products are integers that no
 summation order rounds, and with a threshold halfway between two integers no comparison of them is a tie.
-Source: Rastegari et al., arXiv 1603.05279; reference/transformations.md 3.11.
+Source: XNOR-Net (Rastegari et al., arXiv 1603.05279).
 """
 
 from __future__ import annotations

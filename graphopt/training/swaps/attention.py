@@ -7,8 +7,6 @@ With m queries, n keys of d features and values of c features, both orders of th
 
     q (k^T v)    2 d c (n + m) operations
     (q k^T) v    2 n m (d + c) operations
-
-Source: reference/transformations.md section 3.2.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Each normalizes along the axis of the norm that it replaces and starts from its gain and shift. What is fixed
 after training is written as scales and shifts per channel, `x * scale + shift`, which the passes of
-`deploy` move into the maps that read it. Source: reference/transformations.md sections 3.1, 3.3, 3.6, 3.10.
+`deploy` move into the maps that read it. Sources: SLAB (arXiv 2405.11582), PowerNorm (2003.07845), DyT
+(2503.10622), EvoNorm (2004.02967).
 """
 
 from __future__ import annotations

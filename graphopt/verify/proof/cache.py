@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _source(rewrite: Rewrite) -> str:
         source = inspect.getsource(module if module is not None else rewrite.function)
     except (OSError, TypeError):
         source = ""
-    return source + (inspect.getdoc(rewrite.function) or "")
+    return code(textwrap.dedent(source)) + (inspect.getdoc(rewrite.function) or "")
 
 
 PACKAGE = Path(__file__).parents[2]
@@ -73,17 +74,37 @@ PACKAGE = Path(__file__).parents[2]
 def _foundation(module: str) -> str:
     """A hash of everything a proof rests on: this folder, what the module of the rewrite imports of
     ours, and what these import in turn."""
-    found, waiting = set(), [_file(module), *Path(__file__).parent.rglob("*.py")]
+    found: dict[Path, str] = {}
+    waiting = [_file(module), *Path(__file__).parent.rglob("*.py")]
     while waiting:
         path = waiting.pop()
         if path is None or path in found:
             continue
-        found.add(path)
-        for one in ast.walk(ast.parse(path.read_text())):
-            if isinstance(one, ast.ImportFrom) and one.module:
-                names = (one.module, *(f"{one.module}.{alias.name}" for alias in one.names))
-                waiting += map(_file, names)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
+        found[path], imported = _contents(path)
+        waiting += map(_file, imported)
+    text = "\n".join(found[path] for path in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _contents(path: Path) -> tuple[str, list[str]]:
+    """The code of a file, and the names of what it imports."""
+    text, names = path.read_text(), []
+    for one in ast.walk(ast.parse(text)):
+        if isinstance(one, ast.ImportFrom) and one.module:
+            names += [one.module, *(f"{one.module}.{alias.name}" for alias in one.names)]
+    return code(text), names
+
+
+def code(text: str) -> str:
+    """Source without its docstrings, which no proof rests on."""
+    lines: list[str | None] = [*text.split("\n")]
+    for node in ast.walk(ast.parse(text)):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant(value=str())) as said, *_]:
+                span = range(said.lineno - 1, said.end_lineno or said.lineno)
+                lines[span.start : span.stop] = [None] * len(span)
+    return "\n".join(one for one in lines if one is not None)
 
 
 @lru_cache(maxsize=1024)

@@ -3,8 +3,6 @@
 Every pattern the function matches, up to `depth` ops below the root, is built as it looks around
 (see `pattern`); what it returns must have the entries of what it replaces, as expressions in index
 notation, under the conditions of that run. No sizes, strides, paddings or values are fixed.
-
-Source of the method: reference/rewriting.md section 3.
 """
 
 from __future__ import annotations
