@@ -28,8 +28,8 @@ from benchmarks.digits import digits
 from benchmarks.scoreboard import models
 from benchmarks.scoreboard.table import mean, processor
 from graphopt.backends.measure import measure
+from graphopt.ir.distance import relative_error
 from graphopt.passes.quantize import Quantize
-from graphopt.verify.model import relative_error
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = ("ResNet-18", "ResNet-50", "ViT-S", "BERT-base, 128 tokens")  # bound by computing

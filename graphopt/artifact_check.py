@@ -220,12 +220,15 @@ def _check_meta(key: str, value: Any) -> None:
     elif key == "made_by":
         ok = isinstance(value, tuple) and all(isinstance(one, (str, int)) for one in value)
     else:
+        captured = value.get("captured", []) if isinstance(value, dict) else None
         ok = (
-            isinstance(value, dict) and value.keys() == {"dtype", "shape"}
+            isinstance(captured, list) and value.keys() - {"captured"} == {"dtype", "shape"}
             and isinstance(value["dtype"], str)
             and isinstance(getattr(torch, value["dtype"], None), torch.dtype)
             and isinstance(value["shape"], list)
             and all(isinstance(one, (str, int)) for one in value["shape"])
+            and all(type(one) is int and one >= 0 for one in captured)
+            and len(captured) in (0, len(value["shape"]))
         )  # fmt: skip
     if not ok:
         raise ValueError(f"{key} of a node is {value!r:.80}")

@@ -74,7 +74,7 @@ def rebuild(
     training: bool,
 ) -> OptimizedModule:
     """The inverse of `dismantle`."""
-    from graphopt.backends.base import find
+    from graphopt.backends.base import BackendError, find, names
 
     code = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -95,7 +95,14 @@ def rebuild(
         states[name] = (tensor, kind, saved)
     inner = assemble(code, signature, states, graph["aliases"])
     result = Report.from_dict(report)
-    module = OptimizedModule(inner, signature, result, find(graph["backend"]).lower_again(result))
+    try:
+        backend = find(graph["backend"])
+    except BackendError as error:
+        if graph["backend"] not in names():
+            raise
+        backend, result.backend = find("eager"), "eager"
+        result.backend_notes.append(f"{error}; runs eager")
+    module = OptimizedModule(inner, signature, result, backend.lower_again(result))
     module.training = training
     return module
 

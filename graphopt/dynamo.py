@@ -33,7 +33,7 @@ from graphopt.pipeline import Pipeline
 log = logging.getLogger(__name__)
 
 OPTIONS = ("mode", "passes", "backend", "tune_seconds")
-ANEW = 3  # times that a graph is optimized with weights as constants
+ANEW = 3  # times that a graph is optimized with weights as constants, and for other numbers
 
 
 class Unfit(ValueError):
@@ -90,9 +90,12 @@ class Compiled:
         self._run: Callable[..., Any] | None = None
         self._folded: list[tuple[int, Tensor, int]] = []  # position, weight, version
         self._left = ANEW
+        self._numbers: dict[int, float] = {}  # that are constants, by position
+        self._changes = ANEW  # of these that are left
 
     def __call__(self, *args: Any) -> Any:
-        if self._run is None or not all(self._current(args, *one) for one in self._folded):
+        current = all(self._current(args, *one) for one in self._folded)
+        if self._run is None or not current or not self._same_numbers(args):
             self._run = self._prepare(args)
         try:
             return self._run(*args)
@@ -104,13 +107,20 @@ class Compiled:
     def _current(args: Sequence[Any], position: int, weight: Tensor, version: int) -> bool:
         return args[position] is weight and _version(weight) == version
 
+    def _same_numbers(self, args: Sequence[Any]) -> bool:
+        return all(args[position].item() == one for position, one in self._numbers.items())
+
     def _prepare(self, args: Sequence[Any]) -> Callable[..., Any]:
-        self._folded = []
+        changed = not self._same_numbers(args)
+        self._folded, self._numbers = [], {}
         trains = torch.is_grad_enabled() and any(
             one.requires_grad for one in args if isinstance(one, Tensor)
         )
         try:
             with torch.inference_mode(False):  # what is made there cannot be trained later
+                if changed and self._changes == 0:
+                    raise Unfit("a number that it gets keeps changing")
+                self._changes -= changed
                 return self._optimized(args, trains)
         except Exception as error:
             self.state = f"eager: {error if isinstance(error, Unfit) else first_line(error)}"
@@ -121,11 +131,14 @@ class Compiled:
         devices = {one.device.type for one in args if isinstance(one, Tensor)}
         if any(map(torch.is_autocast_enabled, devices)):
             raise Unfit("autocast is on")
+        if trains and any(_has_own_gradient(node) for node in self.module.graph.nodes):
+            raise Unfit("it has a gradient of its own (torch.autograd.Function)")
         folds = self.options["mode"] == "deploy" and not trains and self._left > 0
         source = Source(self.module, args, folds)
         options = {**self.options, "mode": "deploy" if folds else "tune"}
         if not folds:
             options.pop("passes", None)
+        self._numbers = source.numbers
         result = optimize(
             source.module, source.inputs(args), dynamic_shapes=source.shapes, **options
         )
@@ -137,6 +150,10 @@ class Compiled:
         self._left -= 1
         self._folded = [(at, args[at], _version(args[at])) for at in source.weights.values()]
         return lambda *args: result(*source.inputs(args))
+
+
+def _has_own_gradient(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "autograd_function_apply"
 
 
 def _version(tensor: Tensor) -> int:
@@ -161,13 +178,15 @@ class Source:
 
     Without `folds`, weights are the floating ones: what is an integer may decide what the graph is.
     `weights` has the position of each among the inputs of Dynamo's graph, by its name in `module`;
-    `others` the positions of the tensors that stay inputs.
+    `others` the positions of the tensors that stay inputs; `numbers` the values, by position, of numbers
+    that Dynamo passes as tensors (the eps of a norm, where all is dynamic) and that are constants.
     """
 
     def __init__(self, module: fx.GraphModule, args: Sequence[Any], folds: bool) -> None:
         graph = copy.deepcopy(module.graph)
         self.weights: dict[str, int] = {}
         self.others: list[int] = []
+        self.numbers: dict[int, float] = {}
         dynamic: list[Any] = []
         root = fx.GraphModule(module, graph)
         graph = root.graph
@@ -178,6 +197,13 @@ class Source:
                 continue
             if not isinstance(given, Tensor):
                 raise Unfit(f"its input {node.name} is a {type(given).__name__}")
+            if _is_number(node, given):
+                self.numbers[position] = given.item()
+                for user in list(node.users):
+                    with graph.inserting_before(user):
+                        _replace(user, graph.call_function(float, (given.item(),)))
+                graph.erase_node(node)
+                continue
             floating = given.is_floating_point() or given.is_complex()
             if _is_weight(node, given) and (folds or floating):
                 self.weights[node.name] = position
@@ -224,6 +250,12 @@ def _replace(node: fx.Node, found: fx.Node) -> None:
 def _is_weight(node: fx.Node, given: Tensor) -> bool:
     known = node.meta.get("tensor_dict") or {}
     return isinstance(given, nn.Parameter) or "_dynamo_static_input_type" in known
+
+
+def _is_number(node: fx.Node, given: Tensor) -> bool:
+    scalar = given.ndim == 0 and given.dtype == torch.float64 and given.is_cpu
+    read = all(user.op == "call_method" and user.target == "item" for user in node.users)
+    return scalar and read and bool(node.users)
 
 
 def register(root: nn.Module, name: str, tensor: Tensor, floating: bool) -> None:

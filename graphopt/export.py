@@ -14,11 +14,8 @@ import dataclasses
 import importlib
 import io
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from graphopt.backends.base import BackendError
 from graphopt.backends.exported import Exported, exported, in_aten, quiet, traced_inputs
 from graphopt.backends.frozen import state
 from graphopt.filecheck import ExportError, Loaded, Source, compared
+from graphopt.files import beside
 from graphopt.ir.source import first_line
 from graphopt.module import OptimizedModule
 
@@ -93,8 +91,9 @@ def export(
         args = (args,)
     source = _source(module, args, kwargs, name)
     start = time.perf_counter()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as work:
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder")
+    with beside(target) as work:
         try:
             loaded, inputs, outputs, left_out = FORMATS[name](source, work / target.name)
         except BackendError as error:
@@ -169,7 +168,8 @@ def _onnx(source: Source, path: Path) -> Written:
     onnxruntime.refuse_types(source.module, source.leaves)
     part = exported(source.module, source.leaves)
     inputs, outputs, left = source.flat(part)
-    program = onnxruntime.convert(source.module, part.program, inputs, outputs)
+    program = onnxruntime.convert(source.module, part.program, inputs, list(map(_OUT, outputs)))
+    outputs = _name_outputs(program.model.graph, outputs)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # traces with the paths of this machine
     onnxruntime.save(program, path, sum(state(source.module, name).nbytes for name in part.states))
@@ -181,6 +181,24 @@ def _onnx(source: Source, path: Path) -> Written:
         return _placed(part, [torch.as_tensor(one) for one in session.run(outputs, feed)])
 
     return run, inputs, outputs, left
+
+
+_OUT = "{}_out".format
+
+
+def _name_outputs(graph: Any, names: list[str]) -> list[str]:
+    """Give the outputs of an `onnx_ir.Graph` their names, in which all values share one space: what is only
+    computed makes room, an input or a weight does not."""
+    taken = {one.name for one in graph.inputs} | set(graph.initializers)
+    found = [_OUT(name) if name in taken else name for name in names]
+    ends = {id(one) for one in graph.outputs}
+    inside = [value for node in graph for value in node.outputs if id(value) not in ends]
+    for value in inside:
+        if value.name in found:
+            value.name = f"{value.name}_inside"
+    for value, name in zip(graph.outputs, found, strict=True):
+        value.name = name
+    return found
 
 
 def _openvino(source: Source, path: Path) -> Written:
@@ -293,18 +311,6 @@ def _program(source: Source) -> Any:
 
 
 # -- in its place ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A new folder next to `target`, gone afterwards."""
-    if target.is_dir():
-        raise ExportError(f"{target} is a folder")
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _moved(work: Path, target: Path) -> tuple[Path, ...]:

@@ -127,7 +127,7 @@ def _trials(source: Source) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     for leaf, kind in zip(source.leaves, kinds, strict=True):
         for axis, size in enumerate(kind["shape"] if kind and isinstance(leaf, Tensor) else ()):
             if isinstance(size, str):
-                other = 3 if leaf.shape[axis] != 3 else 4
+                other = leaf.shape[axis] + 1
                 leaf = leaf.index_select(
                     axis, torch.arange(other, device=leaf.device) % leaf.shape[axis]
                 )

@@ -1,13 +1,14 @@
 """Files that are there whole or not at all: written beside their place, then moved into it in one step.
 
-Work in progress is a folder `.NAME.XXXX` beside NAME, locked for as long as its process lives. A process
-that is killed leaves it behind; the next one that writes to NAME removes it.
+Work in progress is a folder `.NAME.graphopt-XXXXXXXX` beside NAME, locked for as long as its process lives. A
+process that is killed leaves it behind; the next one that writes to NAME removes it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,9 +26,10 @@ except ImportError:  # not on Windows, where nothing is removed
 def beside(target: Path) -> Iterator[Path]:
     """A new folder on the disk of `target`, gone afterwards; those that dead processes left go too."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}."
+    prefix = f".{target.name}.graphopt-"
+    ours = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}")  # as tempfile names them
     for one in target.parent.iterdir():
-        if one.name.startswith(prefix) and one.is_dir() and not one.is_symlink():
+        if ours.fullmatch(one.name) and one.is_dir() and not one.is_symlink():
             _remove_if_left(one)
     work, lock = _locked(target.parent, prefix)
     try:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from graphopt.ir.graph import REQUIRED, Graph, Signature
+from graphopt.ir.ops.base import hint
+from graphopt.ir.process import alone
 from graphopt.report import Report
 
 
@@ -45,16 +49,8 @@ class OptimizedModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         adopt(self, inner)
-        hidden: dict[str, Any] = {
-            "_inner": inner,
-            "_signature": signature,
-            "_report": report,
-            "_lower": lower,
-            "_run": None,
-            "_fallback": None,
-            "_pending": None,
-        }
-        self.__dict__.update(hidden)
+        hidden = (inner, signature, report, lower, None, None, None)
+        self.__dict__.update(zip(HIDDEN, hidden, strict=True))
         self.training = inner.training
 
     # -- what the user sees -------------------------------------------------------------------
@@ -70,7 +66,7 @@ class OptimizedModule(nn.Module):
     def graph_module(self) -> fx.GraphModule | None:
         if self._pending is not None:
             raise RuntimeError("not captured yet: call the module once, or pass inputs to optimize")
-        return self._inner if isinstance(self._inner, fx.GraphModule) else None
+        return None if self._signature is None else self._inner  # type: ignore[no-any-return]
 
     @property
     def kernels(self) -> tuple[Any, ...]:
@@ -102,19 +98,14 @@ class OptimizedModule(nn.Module):
         return export(self, path, args, kwargs, format=format)
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Random inputs of the captured shapes and dtypes, as (args, kwargs); dynamic sizes are 2."""
+        """Random inputs of the captured shapes and dtypes, as (args, kwargs). Whole numbers are 0 and 1."""
         if self._signature is None or self.graph_module is None:
             raise RuntimeError("a model captured by region does not know its inputs")
         generator = torch.Generator().manual_seed(0)
         leaves = list(self._signature.inputs)
         for index, node in enumerate(_placeholders(self.graph_module)):
             if leaves[index] is None and (kind := node.meta.get("type")):
-                shape = [size if isinstance(size, int) else 2 for size in kind["shape"]]
-                dtype = getattr(torch, kind["dtype"])
-                if dtype.is_floating_point:
-                    leaves[index] = torch.randn(shape, generator=generator).to(dtype)
-                else:
-                    leaves[index] = torch.zeros(shape, dtype=dtype)
+                leaves[index] = random_input(kind, generator)
         args, kwargs = pytree.tree_unflatten(leaves, self._signature.in_spec)
         return args, kwargs
 
@@ -137,15 +128,20 @@ class OptimizedModule(nn.Module):
 
     def _lowered(self) -> Callable[..., Any]:
         if self._run is None:
-            run = self._inner if self._lower is None else self._lower(self._inner)
-            self.__dict__["_run"] = run
+            with alone():
+                if self._run is None:
+                    run = self._inner if self._lower is None else self._lower(self._inner)
+                    self.__dict__["_run"] = run
         return self._run  # type: ignore[no-any-return]
 
     def _capture_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        result = self._pending(self._inner, args, kwargs)
-        training = self.training
-        self.__dict__.update(result.__dict__)
-        self.training = training
+        with alone():
+            if self._pending is None:  # another thread did
+                return
+            result = self._pending(self._inner, args, kwargs)
+            # Not what users have set since: hooks, attributes, the mode.
+            for name in (*REGISTRIES, *HIDDEN):
+                self.__dict__[name] = result.__dict__[name]
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -181,7 +177,7 @@ class OptimizedModule(nn.Module):
         ):
             kind = node.meta.get("type")
             if kind is None:
-                if leaf is not constant and leaf != constant:
+                if not _same(leaf, constant):
                     raise InputError(
                         f"input {name} is {leaf!r}; the model was captured with {constant!r}"
                     )
@@ -204,9 +200,10 @@ class OptimizedModule(nn.Module):
         if self._fallback is not None:
             self._fallback._apply(fn)
         after = _place(self)
-        if before is not None and before != after and self.graph_module is not None:
-            retarget(self.graph_module.graph, dict(zip(before, after, strict=True)))  # type: ignore[arg-type]
-            self.graph_module.recompile()
+        captured = self._pending is None and self.graph_module is not None
+        if before is not None and before != after and captured:
+            retarget(self._inner.graph, dict(zip(before, after, strict=True)))  # type: ignore[arg-type]
+            self._inner.recompile()
         if before != after:
             self.__dict__["_run"] = None
         return self
@@ -219,9 +216,11 @@ class OptimizedModule(nn.Module):
             return super().__reduce_ex__(protocol)
         from graphopt.artifact import dismantle, rebuild
 
-        return rebuild, dismantle(self), {"_fallback": self._fallback}
+        own = {name: one for name, one in vars(self).items() if name not in (*REGISTRIES, *HIDDEN)}
+        return rebuild, dismantle(self), {**own, "_fallback": self._fallback}
 
 
+HIDDEN = ("_inner", "_signature", "_report", "_lower", "_run", "_fallback", "_pending")
 REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
@@ -287,11 +286,24 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, kind: str, saved: b
 
 
 def describe_type(value: Any) -> dict[str, Any] | None:
-    """dtype and shape of a tensor as plain data, symbolic sizes by name."""
+    """dtype and shape of a tensor as plain data, symbolic sizes by name; with these, the captured ones."""
     if not isinstance(value, torch.Tensor):
         return None
     shape = [size if isinstance(size, int) else str(size) for size in value.shape]
-    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+    kind = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+    fixed = all(isinstance(size, int) for size in shape)
+    return kind if fixed else {**kind, "captured": [hint(size) for size in value.shape]}
+
+
+def random_input(kind: Mapping[str, Any], generator: torch.Generator) -> torch.Tensor:
+    """A tensor of a type as `describe_type` has it."""
+    sizes = zip(kind["shape"], kind.get("captured", repeat(2)), strict=False)
+    shape = [size if isinstance(size, int) else captured for size, captured in sizes]
+    dtype = getattr(torch, kind["dtype"])
+    if dtype.is_floating_point or dtype.is_complex:
+        drawn = torch.complex64 if dtype.is_complex else torch.float32
+        return torch.randn(shape, generator=generator, dtype=drawn).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
 def retarget(graph: fx.Graph, change: Mapping[Any, Any]) -> None:
@@ -308,6 +320,9 @@ def retarget(graph: fx.Graph, change: Mapping[Any, Any]) -> None:
         if node.op == "call_function":
             node.args = tuple(map(swap, node.args))
             node.kwargs = {key: swap(value) for key, value in node.kwargs.items()}
+        if (kind := node.meta.get("type")) is not None:
+            dtype = swap(getattr(torch, kind["dtype"]))
+            node.meta["type"] = {**kind, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
@@ -360,11 +375,18 @@ def _rearrange(
     for name, value in given.items():
         if name not in defaults and not any(kind == 4 for _, kind, _ in signature.parameters):
             raise InputError(f"unexpected input {name}")
-        if value is not defaults.get(name) and value != defaults.get(name, REQUIRED):
+        if value is not defaults.get(name) and not _same(value, defaults.get(name, REQUIRED)):
             raise InputError(
                 f"input {name} was not given when the model was captured; optimize again with it"
             )
     return new_args, new_kwargs
+
+
+def _same(found: Any, constant: Any) -> bool:
+    """Whether a constant is the one of the capture: 1, 1.0 and True are three."""
+    if found is constant:
+        return True
+    return type(found) is type(constant) and bool(np.all(found == constant))
 
 
 def _check_shape(

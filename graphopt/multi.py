@@ -14,6 +14,7 @@ from torch import nn
 from graphopt.backends import base as backends
 from graphopt.ir.capture import Captured, capture
 from graphopt.ir.cost import target
+from graphopt.ir.distance import relative_error
 from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call
@@ -24,7 +25,6 @@ from graphopt.ir.variants import NotAVariant, combine
 from graphopt.module import OptimizedModule
 from graphopt.optimize import Options, Progress, rewrite_captured
 from graphopt.pipeline import Pipeline
-from graphopt.verify.model import relative_error
 
 IDS = "adapter_ids"
 REST = "canonicalize,stack-siblings,materialize,canonicalize"

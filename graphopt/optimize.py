@@ -23,13 +23,14 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import as_call, declared_inputs, telling
 from graphopt.ir.interpret import is_getitem
 from graphopt.ir.lint import lint
+from graphopt.ir.process import alone
 from graphopt.ir.source import CaptureError, clone_inputs, copy_module
 from graphopt.laws import laws_of
 from graphopt.memory import give_back
 from graphopt.module import OptimizedModule, build
 from graphopt.pipeline import Pipeline
 from graphopt.progress import followed
-from graphopt.regional import optimize_regions
+from graphopt.regional import Seen, optimize_regions
 from graphopt.report import Capture, Report, listing, modules_of
 from graphopt.verify import SiteValidator, check_model
 from graphopt.verify.truth import FACTOR, Truth
@@ -180,6 +181,7 @@ def unchecked(graph: Graph, inputs: Sequence[Any]) -> None:
     """The validator of `validate=False`: none."""
 
 
+@alone()
 def optimize_as(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, options: Options
 ) -> OptimizedModule:
@@ -205,6 +207,7 @@ def _on_first_call(source: nn.Module, options: Options) -> OptimizedModule:
     return module
 
 
+@alone()
 def _optimize(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> OptimizedModule:
@@ -219,10 +222,14 @@ def _optimize(
         try:
             return _optimize_whole(source, args, kwargs, options)
         except CaptureError as error:
-            by_region = dataclasses.replace(options, dynamic_shapes=None)
+
+            def region(module: nn.Module, a: Any, k: Any, seen: Seen) -> OptimizedModule:
+                pipeline = options.pipeline.within(seen)
+                part = dataclasses.replace(options, dynamic_shapes=None, pipeline=pipeline)
+                return _optimize_whole(module, a, k, part)
+
             return optimize_regions(
-                source, args, kwargs, error,
-                lambda module, a, k: _optimize_whole(module, a, k, by_region),
+                source, args, kwargs, error, region,
                 options.report(source, Capture("regional", time.perf_counter() - start)),
                 check=options.enforce,
             )  # fmt: skip
@@ -270,6 +277,7 @@ def run_pipeline(
         target(options.backend, graph.device),
     )  # fmt: skip
     session.examples = _telling(full)
+    session.drawn = any(one is not given for one, given in zip(session.examples, full, strict=True))
     lint(graph, "capture")
     report.passes = options.pipeline.run(session, options.say)
     report.applied = session.applied

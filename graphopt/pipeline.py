@@ -22,6 +22,7 @@ from graphopt.ir.driver import Session
 from graphopt.ir.lint import lint
 from graphopt.memory import give_back
 from graphopt.passes.base import (
+    Data,
     Pass,
     PassError,
     RewritePass,
@@ -84,6 +85,15 @@ class Pipeline:
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
+
+    def within(self, seen: Callable[[Data], Data]) -> Pipeline:
+        """The pipeline as it is for a part of the model (`Pass.within`)."""
+        part = Pipeline(())
+        part.text = self.text
+        part.stages = tuple(
+            dataclasses.replace(one, run=one.run.within(seen)) for one in self.stages
+        )
+        return part
 
     def run(
         self, session: Session, progress: Callable[[str], None] | None = None

@@ -9,12 +9,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graphopt.ir.distance import relative_error
 from graphopt.ir.inputs import as_call
 from graphopt.ir.source import clone_inputs, copy_module
 from graphopt.module import OptimizedModule
 from graphopt.optimize import optimize
 from graphopt.passes.prune import Prune
-from graphopt.verify.model import relative_error
 
 
 class NotExpressible(ValueError):

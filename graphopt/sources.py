@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphopt.ir.process import seeded
 from graphopt.torchvision_ops import declare_missing_ops
 
 Source = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -48,16 +49,14 @@ def load_source(text: str, *, trust: bool = False) -> Source:
     """
     kind, colon, name = text.partition(":")
     if colon and kind in _LIBRARIES:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with seeded(0), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about defaults of weights and initialization
-            torch.manual_seed(0)
             return _LIBRARIES[kind](name)
     if text.endswith(".pt2") or not colon or os.path.exists(text):
         return _from_file(Path(text), trust)
     if not (kind and name):
         raise SourceError(f"{text!r} names no model; {_EXPECTED}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return _from_callable(kind, name)
 
 

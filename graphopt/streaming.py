@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from graphopt.ir.graph import Signature
 from graphopt.ir.recurrence.one_step import NONE, SAME, OneStep, Place, StreamingError
 from graphopt.ir.recurrence.operator import SCAN
-from graphopt.module import OptimizedModule, _place, retarget
+from graphopt.module import OptimizedModule, _place, random_input, retarget
 
 LIMIT = 1e-10  # relative, in float64, of a step against the same step of the whole
 
@@ -152,11 +152,8 @@ def _check(
     given = []
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            kind = node.meta["type"]
-            shape = [size if isinstance(size, int) else 2 for size in kind["shape"]]
-            value = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            dtype = getattr(torch, kind["dtype"])
-            given.append(value if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+            value = random_input(node.meta["type"], generator)
+            given.append(2 * value.double() if value.is_floating_point() else value)
     with torch.no_grad():
         truth = pytree.tree_leaves(whole.graph_module(*given))  # type: ignore[misc]
         for t in range(steps):

@@ -13,7 +13,7 @@ pytest.importorskip("peft")  # after the former, which makes torchvision importa
 
 import graphopt
 from benchmarks.adapters.methods import FLOAT32_INSIDE, LAYERS, METHODS, adapted, as_double, ops_of
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["first", "second", "third"]

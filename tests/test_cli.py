@@ -13,7 +13,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphopt
+import graphopt.testing
 from graphopt.cli import app
+from graphopt.commands import shared
 
 SOURCE = """
 import torch
@@ -26,6 +28,24 @@ def model():
 
 def wrong_shapes():
     return nn.Linear(3, 4), (torch.randn(2, 5),)
+
+def unknown_word():
+    return nn.Embedding(4, 8), (torch.tensor([[5, 1]]),)
+
+class Picky(nn.Module):
+    def forward(self, x):
+        assert len(x) == 3, "three rows please"
+        return x
+
+def picky():
+    return Picky(), (torch.randn(2, 5),)
+
+class Wave(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+def wave():
+    return Wave(), (torch.randn(2, 8, dtype=torch.complex64),)
 
 def no_inputs():
     return nn.Linear(3, 4)
@@ -140,6 +160,8 @@ def test_torchvision_and_timm_by_name(here):
         (["mymodels:model", "--backend", "indcutor"], ["unknown backend", "inductor"]),
         (["mymodels:model", "--precision", "bf15"], ["unknown precision", "bf16"]),
         (["mymodels:model", "-o", "mymodels.py"], ["mymodels.py", "not overwriting"]),
+        (["mymodels:unknown_word"], ["mymodels:unknown_word: IndexError: index out of range"]),
+        (["mymodels:picky"], ["mymodels:picky: AssertionError: three rows please"]),
         (["mymodels:three", "--explain", "9"], ["no module '9'", "it has 0, 1, 2"]),
         (["mymodels:model", "--explain", "1", "--explain", "1.norm"], ["'1.norm'; 1 has none"]),
     ],
@@ -154,6 +176,17 @@ def test_bad_input_is_one_clear_line(here, arguments, words):
     assert lines[0].startswith("graphopt: ")
     for word in words:
         assert word in lines[0]
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(AttributeError, match="has no attribute"), shared.one_line("a model"):
+        _ = graphopt.testing.nothing
+
+
+def test_a_configuration_of_a_model_with_complex_inputs(here):
+    assert run("init", "mymodels:wave", "-o", "wave.toml").exit_code == 0
+    assert 'dtype = "complex64"' in (here / "wave.toml").read_text()
+    assert run("build", "wave.toml").exit_code == 0
 
 
 def test_a_truncated_artifact_is_named(here):

@@ -269,3 +269,68 @@ def test_options_are_checked(options, message):
 def test_modes_of_inductor_are_refused():
     with pytest.raises(ValueError, match="mode='reduce-overhead' is of another backend"):
         dynamo.backend(torch.fx.symbolic_trace(nn.ReLU()), [], mode="reduce-overhead")
+
+
+# -- what is special about graphs of Dynamo's ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8)])
+def test_the_eps_of_a_norm_where_all_is_dynamic(norm, mode, caplog):
+    caplog.set_level(logging.WARNING)
+    model = randomize_norms(nn.Sequential(nn.Linear(8, 8), norm).eval())
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="graphopt", dynamic=True, options={"mode": mode})
+    with torch.no_grad():
+        for norm.eps in (1e-5, 1.0, 2.0):
+            for rows in (2, 3, 5):
+                x = torch.randn(rows, 8)
+                assert torch.allclose(fast(x), model(x), atol=LIMIT)
+    assert "runs as captured" not in caplog.text
+
+
+def test_numbers_that_are_passed_as_tensors(caplog):
+    """They are constants; others are noticed, and when there are too many, the graph is left as it is."""
+    caplog.set_level(logging.WARNING)
+    graph = torch.fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    graph.output((graph.call_function(torch.mul, (x, graph.call_method("item", (number,)))),))
+    run, x = dynamo.backend(torch.fx.GraphModule({}, graph), []), torch.randn(4, 8)
+    for times, state in (
+        (2, "tune"),
+        (2, "tune"),
+        (3, "tune"),
+        (4, "tune"),
+        (5, "tune"),
+        (6, "eager"),
+    ):
+        (found,) = run(x, torch.tensor(times, dtype=torch.float64))
+        assert torch.equal(found, times * x) and run.state.startswith(state)
+    assert "a number that it gets keeps changing" in caplog.text
+
+
+class Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient / (1 + x.abs()) ** 2
+
+
+def test_a_gradient_of_its_own_is_kept(caplog):
+    """A spike with a surrogate gradient: optimized where no gradient is asked for, else left."""
+    caplog.set_level(logging.WARNING)
+    layers = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model, x = Net(lambda net, x: net.l.b(Surrogate.apply(net.l.a(x))), l=layers), torch.randn(4, 8)
+    fast, twin = torch.compile(model, backend="graphopt"), copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=LIMIT) and not caplog.text
+    fast(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    assert "a gradient of its own" in caplog.text
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, atol=LIMIT)

@@ -312,6 +312,57 @@ def test_a_model_that_trains(name, tmp_path):
     assert export(fast, tmp_path / FILES[name]).error == 0
 
 
+def test_outputs_with_the_names_of_other_values(tmp_path):
+    """In ONNX inputs, weights, outputs and what is computed share one space of names."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.linear(x)
+            a = torch.relu(y)
+            return {
+                "x": y,
+                "relu": a.sigmoid(),
+                "sigmoid": a,
+                "linear": y.tanh(),
+                "linear.weight": y + 1,
+            }
+
+    model, x = Named().eval(), torch.randn(3, 8)
+    written = graphopt.optimize(model, (x,)).export(tmp_path / "named.onnx")
+    assert written.outputs == ("x_out", "relu", "sigmoid", "linear", "linear.weight_out")
+    session = onnxruntime.session(written.path, 1)
+    found = session.run(list(written.outputs), {"x": x.numpy()})
+    for one, expected in zip(found, model(x).values(), strict=True):
+        assert relative_error(torch.as_tensor(one), expected.detach()) < 1e-6
+
+
+def test_sizes_that_are_dynamic_are_as_captured(tmp_path):
+    """Two pixels are too few for two convolutions."""
+    layers = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3, 2)
+    model, auto = nn.Sequential(*layers).eval(), torch.export.Dim.AUTO
+    shapes = ({0: auto, 2: auto, 3: auto},)
+    fast = graphopt.optimize(model, (torch.randn(2, 3, 32, 24),), dynamic_shapes=shapes)
+    fast.save(tmp_path / "model")
+    for one in (fast, graphopt.load(tmp_path / "model")):
+        assert one.example_inputs()[0][0].shape == (2, 3, 32, 24)
+        assert one.export(tmp_path / "model.pt2").error < 1e-5
+
+
+def test_whole_numbers_are_not_all_the_same(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x, mask, kind):
+            return x.masked_fill(mask, 0.0) + kind
+
+    inputs = torch.randn(2, 64), torch.ones(2, 64, dtype=torch.bool), torch.ones(2, 64).long()
+    _, mask, kind = graphopt.optimize(Masked().eval(), inputs).example_inputs()[0]
+    assert (mask.dtype, kind.dtype) == (torch.bool, torch.int64)
+    assert set(mask.flatten().tolist()) == {False, True} and set(kind.flatten().tolist()) == {0, 1}
+
+
 def test_inputs_of_the_caller(tmp_path):
     fast = graphopt.optimize(nn.Embedding(9, 3), (torch.randint(0, 9, (2, 4)),))
     x = torch.randint(0, 9, (5, 4))

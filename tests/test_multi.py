@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 
 class Net(nn.Module):

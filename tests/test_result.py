@@ -7,12 +7,14 @@ import json
 import pickle
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import graphopt
+from graphopt.module import InputError
 from graphopt.verify import SiteValidator
 
 
@@ -137,6 +139,10 @@ def test_moves_to_another_dtype(model, fast, x):
     expected = copy.deepcopy(model).double()(x.double())
     assert found.first.dtype == torch.float64
     assert close(found.first, expected.first)
+
+
+def test_example_inputs_move_too(fast, x):
+    assert copy.deepcopy(fast).double().example_inputs()[0][0].dtype == torch.float64
 
 
 def test_dtypes_written_into_the_graph_move_too():
@@ -333,6 +339,65 @@ def test_else_the_first_call_captures(model, x, mode):
     assert close(fast(x).first, model(x).first)
     assert fast.report.after.batch_norms == 0
     assert close(fast(x).first, model(x).first)
+
+
+def test_what_is_set_before_the_first_call_stays(model, x):
+    fast, seen = graphopt.optimize(model), []
+    fast.register_forward_hook(lambda *_: seen.append("hook"))
+    fast.note = "mine"
+    fast.double()
+    assert close(fast(x.double()).first, copy.deepcopy(model).double()(x.double()).first)
+    assert seen == ["hook"] and fast.note == "mine"
+    twin = copy.deepcopy(fast)
+    twin(x.double())
+    assert seen == ["hook"] * 2 and twin.note == "mine"
+
+
+def test_under_inference_mode(model, x):
+    """Captured there, on the first call too, it is as outside: trainable, and changed weights are noticed."""
+    for given in ((x,), None):
+        with torch.inference_mode():
+            fast = graphopt.optimize(model, given, mode="tune", backend="prepacked")
+            assert close(fast(x).first, model(x).first)
+        assert not any(one.is_inference() for one in fast.parameters())
+        fast(x).first.sum().backward()
+        assert all(one.grad is not None for one in fast.parameters() if one.requires_grad)
+        before = fast(x).first
+        with torch.no_grad():
+            fast(x)
+            for one in fast.parameters():
+                one.mul_(1.5)
+            assert not close(fast(x).first, before)
+
+
+def test_two_threads_call_first_at_once(model, x):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def call(fast):
+        with torch.no_grad():
+            return fast(x).first
+
+    for backend in ("eager", "prepacked"):
+        fast = graphopt.optimize(model, backend=backend)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(call, [fast] * 8))
+        assert all(close(one, model(x).first) for one in found)
+        assert fast.report.backend == backend
+
+
+class Switch(nn.Linear):
+    def forward(self, x, times=1, table=None):
+        return super().forward(x) * times
+
+
+@pytest.mark.parametrize("value", [True, 1.0, torch.ones(2, 3), np.ones(3)])
+def test_a_constant_is_told_from_others_that_are_equal(value):
+    fast = graphopt.optimize(Switch(4, 3), (torch.randn(2, 4), 1))
+    fast(torch.randn(2, 4), 1)
+    with pytest.raises(InputError, match="the model was captured with 1"):
+        fast(torch.randn(2, 4), value)
+    with pytest.raises(InputError, match="input table was not given"):
+        fast(torch.randn(2, 4), 1, table=value)
 
 
 @pytest.mark.parametrize(

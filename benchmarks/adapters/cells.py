@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphopt
 from benchmarks.adapters.methods import FLOAT32_INSIDE, LAYERS, Layer, adapted, as_double, ops_of
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ from torch import nn
 
 import graphopt
 from benchmarks.adapters.methods import METHODS, adapted, ops_of
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 RESULTS = Path(__file__).parents[1] / "results"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

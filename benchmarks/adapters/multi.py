@@ -25,7 +25,7 @@ from torch import nn
 import graphopt
 from benchmarks.adapters.llama import TARGETS, Logits, markdown
 from benchmarks.adapters.methods import declare_missing_ops
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS, RANK, ROUNDS, LAYERS = 32, 16, 11, 1

@@ -15,10 +15,10 @@ import graphopt
 from benchmarks.mutants.changes import sample
 from benchmarks.mutants.executed import Lines, executed, rewrites
 from benchmarks.mutants.networks import networks
+from graphopt.ir.distance import relative_error
 from graphopt.ir.driver import DidNotConverge
 from graphopt.ir.rewrite import Rewrite
 from graphopt.testing import Counterexample, check, checking, prove
-from graphopt.verify.model import relative_error
 
 PROVE_SECONDS, CHECK_EXAMPLES, CHECK_PATHS, JUDGE_SECONDS = 5.0, 40, 1500, 60.0
 JUDGES = ("proof", "property", "site", "together")

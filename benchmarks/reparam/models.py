@@ -16,8 +16,8 @@ from benchmarks.reparam.patch_norm import PatchNormViT, deploy_patch_norm_vit
 from benchmarks.reparam.timm_deploy import by_timm, fold_layer_scale, standardized_once
 from benchmarks.zoo.inputs import MakeInputs, images
 from benchmarks.zoo.prepare import finish
+from graphopt.ir.distance import relative_error
 from graphopt.torchvision_ops import declare_missing_ops
-from graphopt.verify.model import relative_error
 
 
 @dataclasses.dataclass(frozen=True)

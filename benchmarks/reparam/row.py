@@ -11,7 +11,7 @@ from torch import nn
 
 import graphopt
 from benchmarks.reparam.models import Forms
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 # The published form with its ops reduced to what they compute, and none on parameters alone.
 AS_PUBLISHED = "canonicalize,materialize,canonicalize"

@@ -25,7 +25,7 @@ import graphopt
 from benchmarks.scoreboard import models, sides
 from graphopt.backends.measure import settle
 from graphopt.fleet.trials import OutOfTime, at_most
-from graphopt.verify.model import relative_error
+from graphopt.ir.distance import relative_error
 
 ROUNDS = 5  # at least
 SIZE = 1536  # of the matrices that tell the machine's peak

@@ -266,12 +266,12 @@ class _Search:
         return bench.keep(chosen)
 
     def _build_others(self) -> dict[str, float]:
-        """Build what the time allows; seconds that those would need that it does not allow."""
+        """Build what the time allows; of others, the seconds of tuning that would have allowed them."""
         left_out = {}
         for backend in self.others:
             needed, left = self.needed(backend), self.left()
             if needed > left:
-                left_out[backend.name] = needed
+                left_out[backend.name] = needed + self.tuning.seconds - left
                 why = (
                     f"not tried: needs about {needed:.1f} s, {max(0.0, left):.1f} s are left of "
                     f"tune_seconds={self.tuning.seconds:g}"
@@ -307,7 +307,7 @@ class _Search:
         builds = {
             one.name: rows[one.name].build / one.expected_build(self.ops)  # type: ignore[operator]
             for one in self.others
-            if one.name in rows
+            if one.name in rows and one.expected_build(self.ops) > 0
         }
         self.choices.remember(self.key, entry, builds)
 

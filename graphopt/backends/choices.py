@@ -134,7 +134,10 @@ def folder() -> Path | None:
     named = os.environ.get("GRAPHOPT_CACHE_DIR")
     if named is not None:
         return Path(named) if named else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+    except RuntimeError:  # this user has no home
+        return None
 
 
 # -- what a choice depends on ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ and tensors that were written to (their version); what is written through `.data
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -14,7 +15,13 @@ from typing import Any, Protocol
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
+from graphopt.ir.process import alone
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # at a program, if weights are written to meanwhile
 PROGRAMS = 8  # kept at most, for inputs that no one program fits
 
 
@@ -33,7 +40,8 @@ class Program(Protocol):
 class Frozen:
     """`module` as a callable, run by the programs that `build` makes of it and the leaves of a call.
 
-    Calls with gradients, and those with an input that is not `usual`, run the module itself.
+    Calls with gradients, under autocast or a transformation (vmap, jvp), and those with an input that is not
+    `usual`, run the module itself; so do those whose program cannot be built, once another one could.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Frozen:
         self.remarks: list[str] = []
         self.programs: list[Program] = []
         self._build = build
+        self._works = False  # a program was built once
         self._seen = Watch()
         in_spec: Any = module._in_spec
         args, kwargs = in_spec.children()
@@ -55,7 +64,7 @@ class Frozen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = list(args) if self._flat and not kwargs else pytree.tree_leaves((args, kwargs))
-        if torch.is_grad_enabled() or not all(map(self.usual, leaves)):
+        if not plain_call() or not all(map(self.usual, leaves)):
             return self.module(*args, **kwargs)
         found = self._program(leaves)(leaves)
         return (
@@ -63,17 +72,70 @@ class Frozen:
         )
 
     def _program(self, leaves: list[Any]) -> Program:
+        found = self._known(leaves)
+        if found is None:
+            with alone():  # and look again, for another thread may have built it
+                found = self._known(leaves) or self._built(leaves)
+        return found
+
+    def _known(self, leaves: list[Any]) -> Program | None:
         if not self._seen.unchanged():
             self.programs.clear()
-        for program in self.programs:
-            if program.fits(leaves):
-                return program
-        program = self._build(self.module, leaves)
+        return next((one for one in self.programs if one.fits(leaves)), None)
+
+    def _built(self, leaves: list[Any]) -> Program:
+        states = {str(one.target) for one in self.module.graph.nodes if one.op == "get_attr"}
+        for _ in range(ATTEMPTS):
+            before = Watch(self.module, states)
+            try:
+                program = self._build(self.module, leaves)
+            except Exception as failure:
+                if not self._works:
+                    raise
+                log.warning("running the graph itself, for its program fails: %s", failure)
+                program = Itself(self.module, leaves)
+            if (
+                before.unchanged()
+            ):  # or it is made of what another thread has written over meanwhile
+                break
+        self._works = True
         del self.programs[: len(self.programs) - PROGRAMS + 1]
         self.programs.append(program)
         self._seen = Watch(self.module, {name for one in self.programs for name in one.weights})
         self.remarks[:] = program.remarks
         return program
+
+
+class Itself:
+    """A program that is the module."""
+
+    def __init__(self, module: fx.GraphModule, leaves: list[Any]) -> None:
+        self.module = module
+        self.weights: list[str] = []
+        self.remarks = ["the graph runs itself"]
+        self._kinds = list(map(_kind, leaves))
+
+    def fits(self, leaves: list[Any]) -> bool:
+        return list(map(_kind, leaves)) == self._kinds
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        in_spec: Any = self.module._in_spec
+        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        return pytree.tree_leaves(self.module(*args, **kwargs))
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def plain_call() -> bool:
+    """Whether a call is nothing but that: no gradients of any kind, no autocast, no transformation."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def on_cpu(leaf: Any) -> bool:

@@ -17,7 +17,8 @@ from torch._inductor import config
 
 from graphopt.backends import defects
 from graphopt.backends.base import Backend
-from graphopt.backends.frozen import Watch, on_cpu
+from graphopt.backends.frozen import Watch, on_cpu, plain_call
+from graphopt.ir.process import alone
 
 FREEZINGS = 3  # of one module whose weights change
 aten = torch.ops.aten
@@ -50,14 +51,14 @@ class Inductor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = args if self._flat else pytree.tree_leaves((args, kwargs))
-        if torch.is_grad_enabled() or not self._is_frozen() or not all(map(on_cpu, leaves)):
+        if not plain_call() or not self._is_frozen() or not all(map(on_cpu, leaves)):
             found = self._general(*leaves)
         else:
             kind = (torch.get_num_threads(), *map(_kind, leaves))  # what Dynamo compiles anew for
             if kind in self._compiled:
                 found = self._frozen(*leaves)
             else:
-                with config.patch(freezing=True):  # type: ignore[no-untyped-call]
+                with alone(), config.patch(freezing=True):  # type: ignore[no-untyped-call]
                     found = self._frozen(*leaves)
                 self._compiled.add(kind)
         out_spec: Any = self.module._out_spec

@@ -303,7 +303,7 @@ class _Packer:
         output = self.graph.output_node()
         for one in set(output.all_input_nodes):
             shape, _, contiguous = self.kinds.get(one, ((), None, False))
-            if len(shape) == 4 and contiguous:
+            if len(shape) > 2 and contiguous:
                 with self.graph.inserting_before(output):
                     output.replace_input_with(
                         one, self.graph.call_function(aten.contiguous.default, (one,))

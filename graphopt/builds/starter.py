@@ -37,7 +37,8 @@ def starter(source: str, loaded: Source) -> str:
         for name, one in inputs.items():
             lines += [f"[inputs.{name}]", f"shape = [{_shape(one, rows)}]"]
             lines += [f'dtype = "{str(one.dtype).removeprefix("torch.")}"']
-            if not one.is_floating_point() and one.dtype != torch.bool:
+            counts = not (one.is_floating_point() or one.is_complex() or one.dtype == torch.bool)
+            if counts:
                 lines += [
                     f"high = {max(int(one.max()) + 1, 2) if one.numel() else 2}  # integers are below it"
                 ]

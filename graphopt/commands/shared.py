@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -71,6 +73,16 @@ def one_line(source: str) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError) as error:
         # The model does not run on these inputs: the first line says what torch found.
         fail(f"{source}: {first_line(error)}")
+    except (LookupError, AssertionError, AttributeError, ArithmeticError) as error:
+        if _ours(error):  # a defect, of which the traceback tells more
+            raise
+        fail(f"{source}: {first_line(error)}")
+
+
+def _ours(error: Exception) -> bool:
+    """Whether an error was raised by this package, and not by what it calls."""
+    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
 
 
 def check_mode(mode: str) -> None:

@@ -27,6 +27,7 @@ from graphopt.ir.backwards import settle
 from graphopt.ir.functional import Normalizer
 from graphopt.ir.graph import Graph, Signature, State, parameters_of
 from graphopt.ir.interpret import Interpreter
+from graphopt.ir.process import reseed, seeded
 from graphopt.ir.source import (
     CaptureError,
     _identical,
@@ -372,10 +373,10 @@ def drift(graph: Graph, model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     for state in own.states.values():
         state.tensor = state.tensor.detach().clone()
     run = Interpreter(own)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with seeded(0), torch.no_grad():
         for step in range(3):
             inputs = clone_inputs(args, kwargs)
-            torch.manual_seed(step)
+            reseed(step)
             twin(*inputs[0], **inputs[1])
             run.run(pytree.tree_leaves(clone_inputs(args, kwargs)), seed=step)
     buffers = dict(twin.named_buffers())

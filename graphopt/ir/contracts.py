@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+METRIC = "relative error"  # in the 2-norm, the largest over outputs
+
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
@@ -32,7 +34,7 @@ class Masked(Contract):
 class Calibrated(Contract):
     """Lossy, within `budget` of `metric` on the caller's data."""
 
-    metric: str = "relative error"
+    metric: str = METRIC
     budget: float = 0.0
 
     def __str__(self) -> str:

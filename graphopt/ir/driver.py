@@ -120,6 +120,7 @@ class Session:
         self.pass_name = ""
         self.source: Graph | None = None  # what the result is to equal, if not what was captured
         self.examples: Sequence[Any] = ()  # inputs that the model was captured with, all rows
+        self.drawn = False  # whether some of these are normal draws, for blank ones
         self.pass_of: dict[str, str] = {}  # of rewrites that run together with other passes'
         self._hopeless: set[tuple[str, fx.Node]] = set()
 

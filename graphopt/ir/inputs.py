@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,13 +11,22 @@ from torch import nn
 Inputs = tuple[tuple[Any, ...] | None, Mapping[str, Any] | None]
 
 
+class Call(NamedTuple):
+    """Positional and keyword inputs together."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 def as_call(args: Any, kwargs: Mapping[str, Any] | None) -> Inputs:
-    """(args, kwargs) of a call from a tensor, a tuple of inputs, or keyword inputs alone;
+    """(args, kwargs) of a call from a tensor, a tuple of inputs, keyword inputs alone, or a `Call`;
     (None, None) if nothing is given.
 
     Raises:
         TypeError: if `args` is none of these.
     """
+    if isinstance(args, Call):
+        return args
     if isinstance(args, torch.Tensor):
         return (args,), kwargs
     if isinstance(args, Mapping) and kwargs is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir import process
 from graphopt.ir.graph import Graph, is_overload, is_random, written
 
 _LIFTED = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -58,8 +59,7 @@ class Interpreter:
     def run(self, inputs: Sequence[Any], seed: int | None = 0) -> tuple[Any, ...]:
         """The flat outputs for flat inputs. Values are freed after their last use."""
         if seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with process.seeded(seed):
                 return self.run(inputs, None)
         env: dict[fx.Node, Any] = {}
         last: dict[fx.Node, fx.Node] = {}
@@ -224,8 +224,7 @@ def seeded(interpreter: Interpreter, node: fx.Node, env: Any) -> Any:
     """One call, with a fixed seed if it is random."""
     if not is_random(node):
         return interpreter.call(node, env)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with process.seeded(0):
         return interpreter.call(node, env)
 
 

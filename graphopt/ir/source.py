@@ -12,6 +12,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from graphopt.ir.process import seeded
+
 
 class CaptureError(RuntimeError):
     """No rung of the ladder captured the module; `attempts` maps each rung to its reason."""
@@ -89,8 +91,7 @@ def clone_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def restored(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Fix the seed; afterwards put the module's buffers and the random state back."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             yield
         finally:

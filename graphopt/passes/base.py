@@ -8,12 +8,15 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from graphopt.ir.driver import Session
 from graphopt.ir.rewrite import Rewrite
+
+Data = Sequence[tuple[Any, Any]]  # calls of a model: (inputs, target)
 
 
 class PassError(ValueError):
@@ -29,6 +32,10 @@ class Pass:
     def run(self, session: Session) -> None:
         """Rewrite `session.graph` through the session."""
         raise NotImplementedError
+
+    def within(self, seen: Callable[[Data], Data]) -> Pass:
+        """The pass for a part of the model: `seen` turns calls of the whole into calls of that part."""
+        return self
 
     @classmethod
     def summary(cls) -> str:

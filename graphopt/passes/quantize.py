@@ -29,13 +29,11 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir import ops
-from graphopt.ir.contracts import Calibrated
-from graphopt.ir.driver import Record, Session, Verdict
+from graphopt.ir.driver import Session
 from graphopt.ir.graph import Graph
-from graphopt.ir.interpret import Evaluator, Interpreter
-from graphopt.passes.base import Pass, PassError
-from graphopt.passes.lower_precision import METRIC, distance, mixed
-from graphopt.passes.pruning.evidence import EvidenceError, batches, example
+from graphopt.ir.interpret import Evaluator
+from graphopt.ir.provenance import origins
+from graphopt.passes.precision.measured import Measured, distance, mixed, outputs
 from graphopt.passes.quantizing.equalizing import equalized
 from graphopt.passes.quantizing.observing import Noise, noise, ranges
 from graphopt.passes.quantizing.places import Places, candidates
@@ -44,7 +42,7 @@ from graphopt.passes.quantizing.scales import Affine, weight_codes
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize(Pass):
+class Quantize(Measured):
     """Convolutions and linear maps compute in int8, where the outputs stay within a budget."""
 
     name = "quantize"
@@ -53,37 +51,21 @@ class Quantize(Pass):
     correct: bool = True  # whether biases take back the mean error of each channel
     equalize: bool = True  # whether channels get one range, where that helps
     force: bool = False  # also where integers are not known to be faster
-    # What ranges and errors are measured on, (inputs, target); without it the example inputs
-    data: Sequence[tuple[Any, Any]] = dataclasses.field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.budget >= 0:
-            raise PassError(f"quantize: budget is {self.budget}, expected at least 0")
 
     def run(self, session: Session) -> None:
-        graph, contract = session.graph, Calibrated(METRIC, self.budget)
+        graph = session.graph
         if session.applications.exhausted:
             return
-
-        def refuse(reason: str, node: fx.Node, **found: Any) -> None:
-            session.refused[self.name, node] = Record(
-                self.name, graph.where(node), str(contract), reason, node=node.name,
-                stage=session.pass_name, **found,
-            )  # fmt: skip
-
-        if reason := self._unfit(graph):
-            refuse(reason, graph.output)
-            return
+        if reason := mixed(graph) or ("" if self.force else unsupported(graph.device)):
+            return self.refuse(session, reason)
         maps, refused = candidates(graph, slow=self.force)
-        kept = [one for one in maps if self._keeps(graph.where(one))]
-        refused |= dict.fromkeys(kept, f"it is kept by {self.keep!r}")
-        for node, reason in refused.items():
-            refuse(reason, node)
-        maps = [one for one in maps if one not in refused]
+        kept, unknown = self._kept(graph, maps)
+        for node, reason in {**refused, **kept}.items():
+            self.refuse(session, reason, node)
+        maps = [one for one in maps if one not in kept]
         if not maps:
-            refuse("there is nothing to compute in int8", graph.output)
-            return
-        data = self._inputs(session)
+            return self.refuse(session, "there is nothing to compute in int8")
+        data = self.inputs(session)
         search = _Search(graph, maps, data, self.correct)
         if self.equalize and (even := equalized(graph, data)) is not None:
             twin = dict(zip(graph.nodes, even.nodes, strict=True))
@@ -93,38 +75,26 @@ class Quantize(Pass):
         result, error, left = search.within(self.budget)
         origin = dict(zip(search.graph.nodes, graph.nodes, strict=True))
         for node, reason in left.items():
-            refuse(reason, origin[node])
-        total, done = len(maps) + len(kept), len(maps) - len(left)
-        said = (
-            f"{done} of {total} maps{', channels equalized' if search.graph is not graph else ''}; "
-        )
-        said += f"error {error:.1e}, in float32 {search.before:.1e}"
+            self.refuse(session, reason, origin[node])
+        done = f"{len(maps) - len(left)} of {len(maps) + len(kept)} maps"
+        done += ", channels equalized" if search.graph is not graph else ""
+        done += "".join(f", none is called {one!r}" for one in unknown)
+        said = self.said(session, done, error, search.before)
         if result is None:
-            refuse(f"{said}; the budget is {self.budget:g}", graph.output,
-                   error=error, bound=self.budget)  # fmt: skip
-            return
-        if session.become(
-            self.name, contract, result, lambda _: Verdict(True, error, self.budget), said
-        ):
-            session.applied[-1] = dataclasses.replace(
-                session.applied[-1], error=error, bound=self.budget
-            )
+            return self.refuse(session, f"{said}; the budget is {self.budget:g}", error=error)
+        self.commit(session, result, said, error)
+        return None
 
-    def _keeps(self, where: str) -> bool:
-        return any(fnmatch.fnmatchcase(where, one.strip()) for one in self.keep.split(";") if one)
-
-    def _unfit(self, graph: Graph) -> str:
-        """Why a graph is not to be quantized; empty if it is."""
-        return mixed(graph) or ("" if self.force else unsupported(graph.device))
-
-    def _inputs(self, session: Session) -> list[list[Any]]:
-        graph = session.graph
-        if self.data:
-            try:
-                return [one for one, _ in batches(graph, self.data, self.name)]
-            except EvidenceError as error:
-                raise PassError(f"quantize: {error}") from error
-        return [list(session.examples) or example(graph)]
+    def _kept(self, graph: Graph, maps: Sequence[fx.Node]) -> tuple[dict[fx.Node, str], list[str]]:
+        """The maps that stay, for a pattern names them or what was merged into them, and why; and the
+        patterns that name none."""
+        found: dict[fx.Node, str] = {}
+        unknown = []
+        for pattern in filter(None, map(str.strip, self.keep.split(";"))):
+            named = [one for one in maps if fnmatch.filter(origins(graph, [one]), pattern)]
+            found |= dict.fromkeys(named, f"it is kept by {pattern!r}")
+            unknown += [] if named else [pattern]
+        return found, unknown
 
 
 class _Search:
@@ -134,7 +104,7 @@ class _Search:
         self, graph: Graph, maps: list[fx.Node], data: list[list[Any]], correct: bool
     ) -> None:
         self.graph, self.data = graph, data
-        self.truth = [_outputs(graph, one, lifted=True) for one in data]
+        self.truth = [outputs(graph, one, lifted=True) for one in data]
         self.before = self._error(graph)
         self.unknown: dict[fx.Node, str] = {}
         self.integers: dict[fx.Node, Affine] = {}
@@ -223,7 +193,7 @@ class _Search:
         return graph, self._error(graph, data)
 
     def _error(self, graph: Graph, data: Sequence[Sequence[Any]] | None = None) -> float:
-        found = [_outputs(graph, one) for one in (self.data if data is None else data)]
+        found = [outputs(graph, one) for one in (self.data if data is None else data)]
         return max(map(distance, found, self.truth))
 
 
@@ -236,9 +206,3 @@ def unsupported(device: str) -> str:
     if not torch.cpu._is_vnni_supported():
         return "this processor has no instructions for int8 (avx512_vnni)"
     return ""
-
-
-@torch.no_grad()
-def _outputs(graph: Graph, inputs: Sequence[Any], lifted: bool = False) -> list[Any]:
-    copies = [one.clone() if isinstance(one, Tensor) else one for one in inputs]
-    return list(Interpreter(graph, lifted, writes=False).run(copies))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
+from graphopt.ir.distance import relative_error
 from graphopt.ir.driver import DidNotConverge, Record
 from graphopt.ir.rewrite import Rewrite, rewrite as as_rewrite
 from graphopt.optimize import optimize
 from graphopt.passes.base import Pass, RewritePass
 from graphopt.testing.instance import Around, Code, Numbers, load
-from graphopt.verify.model import relative_error
 from graphopt.verify.proof.pattern import Infeasible
 from graphopt.verify.proof.prove import Visit, explore, show
 

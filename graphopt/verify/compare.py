@@ -16,11 +16,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from graphopt.ir.distance import relative_error
 from graphopt.ir.inputs import telling
 from graphopt.ir.interpret import lift
 from graphopt.ir.source import first_line
 from graphopt.verify.diverge import Divergence, find_divergence
-from graphopt.verify.model import NOISE, ModelCheck, nudged, relative_error
+from graphopt.verify.model import NOISE, ModelCheck, nudged
 from graphopt.verify.side import Side, VerifyError, find_inputs, own_rounding
 
 # The response to one random rounding of the weights, times this, covers that of another.

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from graphopt.ir.distance import relative_error
 from graphopt.ir.graph import Graph
-from graphopt.ir.interpret import Interpreter, lift
+from graphopt.ir.interpret import Interpreter
 from graphopt.verify.choices import Ties, ties_of
 
 # Outputs that cancel to nothing are noise in the source too: how much, its own response to a
@@ -81,26 +82,3 @@ def nudged(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double() * (1 + 2.0**-52)
     return value
-
-
-def relative_error(found: Sequence[Any], truth: Sequence[Any]) -> float:
-    """The largest relative 2-norm error over paired outputs; inf where shapes differ."""
-    worst = 0.0
-    for a, b in zip(found, truth, strict=True):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            worst = max(worst, 0.0 if a is b or a == b else math.inf)
-            continue
-        if a.shape != b.shape:
-            return math.inf
-        if not (b.is_floating_point() or b.is_complex()):
-            worst = max(worst, float((a != b).double().mean()) if b.numel() else 0.0)
-            continue
-        a, b = lift(a), lift(b)
-        same = (a == b) | (a.isnan() & b.isnan())
-        difference = torch.where(same, 0.0, a - b)
-        if not bool(difference.isfinite().all()):
-            return math.inf
-        scale = float(torch.where(b.isfinite(), b, 0.0).norm())
-        norm = float(difference.norm())
-        worst = max(worst, norm / scale if scale > 0 else (0.0 if norm == 0 else math.inf))
-    return worst

@@ -19,6 +19,7 @@ from torch import fx
 
 from graphopt.ir.channels import Groups
 from graphopt.ir.contracts import Contract, Exact
+from graphopt.ir.distance import relative_error
 from graphopt.ir.driver import Pair, Verdict
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter, seeded
@@ -27,7 +28,6 @@ from graphopt.verify import choices
 from graphopt.verify.bounds import Memory, Site
 from graphopt.verify.bypassed import Bypassed
 from graphopt.verify.masked import Masked
-from graphopt.verify.model import relative_error
 from graphopt.verify.values import Values
 
 # Bytes of what sites have computed, and as many of values of the graph: a part of those of its states.

@@ -1,14 +1,15 @@
 """What a graph computes in float64 on given inputs, and how far from it other runs of it may be.
 
-A run is right if its relative error is at most FACTOR times that of the graph run op by op in its own dtypes,
-plus FLOOR roundings. Where comparisons or cancellation make the outputs jump, one such run tells little: the
-limit is then FACTOR times the worst of some runs in which every value is off by a few roundings (Monte Carlo
-arithmetic: Parker, Pierce, Eggert, 2000). Integers and booleans count the share of entries that differ, so
-they have to be equal unless rounding decides them in these runs too.
+A run is right if the relative error of each output is at most FACTOR times that of the graph run op by op in
+its own dtypes, plus FLOOR roundings. Where comparisons or cancellation make the outputs jump, one such run
+tells little: the limit is then FACTOR times the worst of some runs in which every value is off by a few
+roundings (Monte Carlo arithmetic: Parker, Pierce, Eggert, 2000). Integers and booleans count the share of
+entries that differ, so they have to be equal unless rounding decides them in these runs too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.ir.distance import relative_error
 from graphopt.ir.graph import Graph, is_random
 from graphopt.ir.interpret import Interpreter
 from graphopt.ir.source import first_line
-from graphopt.verify.model import relative_error
 
 FACTOR = 16.0
 FLOOR = 64.0  # roundings of the coarsest output dtype
@@ -52,25 +53,36 @@ class Truth:
         return self._run(Interpreter(self.graph, writes=False))
 
     @cached_property
-    def own_error(self) -> float:
+    def _own(self) -> tuple[Any, ...]:
         """Of a run op by op in the graph's own dtypes."""
-        return relative_error(self._run(Interpreter(self.graph, writes=False)), self.outputs)
+        return self._run(Interpreter(self.graph, writes=False))
+
+    @property
+    def own_error(self) -> float:
+        return relative_error(self._own, self.outputs)
 
     @cached_property
-    def response(self) -> float:
-        """The largest error of runs in which every value is off by a few roundings."""
-        runs = (self._run(_Perturbed(self.graph, seed)) for seed in range(RUNS))
-        return max(relative_error(one, self.outputs) for one in runs)
+    def _perturbed(self) -> list[tuple[Any, ...]]:
+        """Of runs in which every value is off by a few roundings."""
+        return [self._run(_Perturbed(self.graph, seed)) for seed in range(RUNS)]
 
     def judge(self, found: Sequence[Any]) -> tuple[float, float]:
-        """The error of other outputs, and how large it may be."""
-        error = relative_error(found, self.outputs)
-        eps = [torch.finfo(one.dtype).eps for one in found
-               if isinstance(one, torch.Tensor) and one.is_floating_point()]  # fmt: skip
-        limit = FACTOR * self.own_error + FLOOR * max(eps, default=0.0)
-        if not error <= limit:
-            limit = max(limit, FACTOR * self.response)
-        return error, limit
+        """The error of other outputs, and how large it may be: of the output that is nearest to its limit, or
+        beyond it."""
+        judged = [self._judge(index, one) for index, one in enumerate(found)]
+        return max(judged, key=_share, default=(0.0, 0.0))
+
+    def _judge(self, index: int, found: Any) -> tuple[float, float]:
+        def error(one: Any) -> float:
+            return relative_error([one], [self.outputs[index]])
+
+        own = self._own[index]
+        floating = isinstance(own, torch.Tensor) and (own.is_floating_point() or own.is_complex())
+        floor = FLOOR * torch.finfo(own.dtype).eps if floating else 0.0
+        away, limit = error(found), FACTOR * error(own) + floor
+        if not away <= limit:
+            limit = max(limit, FACTOR * max(error(one[index]) for one in self._perturbed))
+        return away, limit
 
     @torch.no_grad()
     def _run(self, interpreter: Interpreter) -> tuple[Any, ...]:
@@ -78,6 +90,14 @@ class Truth:
         if isinstance(interpreter, _Perturbed):
             copies = [interpreter.off(one) for one in copies]
         return interpreter.run(copies)
+
+
+def _share(judged: tuple[float, float]) -> float:
+    """Of its limit, of an error."""
+    error, limit = judged
+    if error == 0 or math.isnan(error):
+        return 0.0 if error == 0 else math.inf
+    return error / limit if limit > 0 else math.inf
 
 
 class _Perturbed(Interpreter):

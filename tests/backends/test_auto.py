@@ -326,6 +326,31 @@ def test_more_time_tries_what_was_left_out(clock):
     assert choose(clock, *fakes, seconds=20).backend == "short"  # no time to build the best
 
 
+def test_what_was_left_out_for_another_build_is_left_out_again(clock):
+    """At the start there seems to be time for it; the others took that."""
+    fakes = Fake("short", 0.5, build=25.0), Fake("long", 0.1, build=40.0)
+    for _ in range(2):
+        assert choose(clock, *fakes, seconds=50).backend == "short"
+    assert fakes[1].built == 0
+    measured = fakes[0].calls
+    choose(clock, *fakes, seconds=50)
+    assert fakes[0].calls - measured <= 2  # checked, not measured
+
+
+def test_a_build_that_is_expected_to_take_no_time(clock):
+    assert choose(clock, Fake("free", 0.5, build=0.0)).backend == "free"
+
+
+def test_a_user_without_a_home_keeps_no_choices(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("GRAPHOPT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(choices.Path, "home", homeless)
+    assert choices.folder() is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1, "choices": 3, "builds": {}}',
                                   '{"format": 99, "choices": {}, "builds": {}}'])  # fmt: skip
 def test_a_damaged_file_is_as_none(clock, folder, text):
@@ -435,6 +460,26 @@ def test_a_class_may_differ_only_where_rounding_decides_it():
     error, limit = truth_of(Net(lambda net, x: (x / 3).argmax(1)), logits[1:].float()).judge(
         [clear[1:]]
     )
+    assert not error <= limit
+
+
+def test_each_output_has_its_own_limit():
+    """Whatever the others are: a coarse output does not excuse a fine one, or a whole number."""
+    x = torch.randn(8, 64)
+
+    def body(net, x):
+        return x.bfloat16() * 3, x * 3, (x > 0).long()
+
+    truth, right = truth_of(Net(body), x), body(None, x)
+    for wrong in ((0, 1 + 2**-7, True), (0, 3.0, False), (1, 1 + 1e-7, True), (1, 1 + 1e-3, False)):
+        at, factor, allowed = wrong
+        error, limit = truth.judge(
+            [factor * one if at == i else one for i, one in enumerate(right)]
+        )
+        assert (error <= limit) == allowed
+    classes = right[2].clone()
+    classes[0, 0] = 1 - classes[0, 0]
+    error, limit = truth.judge([*right[:2], classes])
     assert not error <= limit
 
 

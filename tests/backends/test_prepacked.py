@@ -7,15 +7,18 @@ call; everything else, and every call with gradients, is the framework's.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 import graphopt
-from graphopt.backends.prepacked import Prepacked, missing
+from graphopt.backends.frozen import Frozen
+from graphopt.backends.prepacked import Packed, Prepacked, missing
 from tests.helpers import Net, relative_error
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -180,6 +183,17 @@ def test_other_batches(batch):
         assert batch == 0 or relative_error(fast(x), model(x)) < LIMIT
 
 
+@pytest.mark.parametrize("kind", ["flat", "volume", "line"])
+def test_outputs_lie_in_memory_as_those_of_the_graph(kind):
+    rank = {"flat": 2, "volume": 3, "line": 1}[kind]
+    conv = getattr(nn, f"Conv{rank}d")(3, 4, 3)
+    model = nn.Sequential(conv, nn.Flatten(2)) if kind == "flat" else nn.Sequential(conv)
+    x = torch.randn(2, 3, *(6 for _ in range(rank)))
+    with torch.no_grad():
+        found, expected = optimized(model, x)(x), model(x)
+    assert found.stride() == expected.stride() and found.view(-1).shape == expected.view(-1).shape
+
+
 def test_gradients_and_changed_weights():
     model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU())
     fast = optimized(model, torch.randn(IMAGE))
@@ -192,6 +206,78 @@ def test_gradients_and_changed_weights():
         fast.load_state_dict(copy.deepcopy(twice), assign=assign)
         with torch.no_grad():
             assert relative_error(fast(x), 2 * model(x)) < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["autocast", "vmap", "jvp"])
+def test_calls_that_are_more_than_a_call_run_the_graph(kind):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    fast = optimized(model, x)
+
+    @torch.no_grad()
+    def found(module):
+        if kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return module(x)
+        if kind == "vmap":
+            return torch.vmap(lambda row: module(row[None])[0])(x)
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(module(forward_ad.make_dual(x, torch.ones(3, 8)))).tangent
+
+    assert found(fast).dtype == found(model).dtype
+    assert torch.allclose(found(fast), found(model), atol=1e-6)
+
+
+def test_a_weight_that_is_written_while_a_program_is_built():
+    module = graphopt.optimize(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)).graph_module
+    builds = []
+
+    def slow(module, leaves):
+        program = Packed(module, leaves)
+        builds.append(program)
+        if len(builds) == 1:
+            module.weight.detach().add_(1.0)
+        return program
+
+    run, x = Frozen(module, slow), torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.allclose(run(x), module(x)) and len(builds) == 2
+
+
+def test_a_program_that_cannot_be_built_is_the_graph(caplog):
+    """But for the first one: that a backend cannot run a graph is known when it is chosen."""
+    module = graphopt.optimize(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)).graph_module
+
+    class Small(Packed):
+        def __init__(self, module, leaves):
+            if len(leaves[0]) > 2:
+                raise RuntimeError("too many rows")
+            super().__init__(module, leaves)
+
+        def fits(self, leaves):
+            return len(leaves[0]) <= 2
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="too many rows"):
+        Frozen(module, Small)(torch.randn(3, 4))
+    run = Frozen(module, Small)
+    with torch.no_grad():
+        for rows in (2, 3, 3, 5, 1):
+            x = torch.randn(rows, 4)
+            assert torch.allclose(run(x), module(x))
+        module.weight.add_(1.0)
+        assert torch.allclose(run(x), module(x))
+    assert caplog.text.count("too many rows") == 2
+
+
+def test_threads_that_call_first_leave_the_random_state():
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(10)]
+    x = torch.randn(2, 16)
+    fast = optimized(nn.Sequential(*layers).eval(), x)
+    for _ in range(5):
+        twin, before = copy.deepcopy(fast), torch.get_rng_state()
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(torch.no_grad()(twin), [x] * 3))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_states_that_the_model_writes_are_written_once():

@@ -83,14 +83,17 @@ def once_whole(completed: Any, monkeypatch: Any, in_place: Any) -> Any:
 
 def test_what_dead_builds_left_is_removed(tmp_path):
     target = tmp_path / "model.gopt"
-    dead = tmp_path / ".model.gopt.abcd"
+    dead = tmp_path / ".model.gopt.graphopt-abcd_123"
     (dead / "model.gopt").mkdir(parents=True)
     (dead / "model.gopt" / "graph.json").write_text("{")
-    others = [tmp_path / ".model.gopt2.abcd", tmp_path / "model.gopt.abcd"]
+    names = (".model.gopt2.graphopt-abcd_123", "model.gopt.graphopt-abcd_123", ".model.gopt.backup",
+             ".model.gopt.graphopt-abcd_123.d", ".model.gopt.graphopt-notes")  # fmt: skip
+    others = [tmp_path / name for name in names]
     for one in others:
         one.mkdir()
-    (tmp_path / ".model.gopt.file").write_text("a file of the user")
-    (tmp_path / ".model.gopt.link").symlink_to(tmp_path / "model.gopt.abcd")
+    file, link = (tmp_path / f".model.gopt.graphopt-abcd_{end}" for end in ("124", "125"))
+    file.write_text("a file of the user")
+    link.symlink_to(others[0])
     with files.beside(target) as work:
         assert work.is_dir() and not dead.exists()
         with files.beside(target) as other:  # of another process, which is alive
@@ -98,7 +101,7 @@ def test_what_dead_builds_left_is_removed(tmp_path):
         assert not other.exists()
     assert not work.exists()
     assert all(one.is_dir() for one in others)
-    assert (tmp_path / ".model.gopt.file").exists() and (tmp_path / ".model.gopt.link").is_symlink()
+    assert file.exists() and link.is_symlink()
 
 
 def test_a_live_build_of_another_process_is_left_alone(tmp_path):

@@ -343,6 +343,23 @@ def test_a_mask_that_bfloat16_cannot_hold_stays_in_float32() -> None:
     assert float((found[1, 2] - mean).norm() / mean.norm()) < 2 * EPS
 
 
+def test_a_mask_that_is_given_and_that_bfloat16_cannot_hold() -> None:
+    """As a number it would become -inf, and a row of it nan."""
+
+    def body(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+        scores = net.q(x) @ net.k(x).mT
+        return (scores + mask).softmax(-1) @ net.v(x)
+
+    model = ready(Net(body, q=nn.Linear(8, 8), k=nn.Linear(8, 8), v=nn.Linear(8, 8)))
+    mask = torch.zeros(2, 3, 3)
+    mask[1] = torch.finfo(torch.float32).min
+    inputs = single(2, 3, 8), mask
+    for passes in (ALONE, DEPLOY):
+        found = output_of(lowered(model, *inputs, passes=passes), inputs)
+        mean = model.v(inputs[0])[1].mean(0).detach()
+        assert float((found[1, 2] - mean).norm() / mean.norm()) < 2 * EPS
+
+
 def test_own_attention_with_such_a_mask() -> None:
     """Scores plus the mask: they are in float32, as is what follows up to the next product."""
 
@@ -553,6 +570,52 @@ def test_data_is_what_counts() -> None:
     wrong = LowerPrecision(force=True, data=[((x,), None)])
     with pytest.raises(PassError, match="expected inputs of the form"):
         graphopt.optimize(model, far, passes=["deploy", wrong])
+
+
+def test_all_rows_of_the_example_inputs_count() -> None:
+    """Checks look at two rows; what rounding does is measured on all."""
+    model = ready(Net(lambda net, x: net.a(x).diff(dim=1), a=nn.Linear(8, 8)))
+    x = single(6, 2, 8)
+    x[3:, 1] = x[3:, 0] * 1.0001
+    x[3:] *= 1e4
+    assert "the budget is 0.05" in refusal(graphopt.optimize(model, (x,), passes=DEPLOY))
+
+
+def test_regions_are_measured_on_what_they_are_called_with() -> None:
+    """Of a model that cannot be captured as a whole, on its data too; the whole is off by as much as is
+    allowed, and not more."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        y = net.inside(x)
+        return net.head(y if y.mean() > 0 else -y)
+
+    inside = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    model = ready(Net(body, inside=inside, head=nn.Sequential(nn.Linear(8, 8), nn.Tanh())))
+    x = single(4, 8)
+    for data in ((), [((single(4, 8, seed=seed),), None) for seed in range(3)]):
+        passes = ["deploy", LowerPrecision(force=True, data=data)]
+        fast = graphopt.optimize(model, (x,), passes=passes)
+        assert set(fast.report.regions) == {"inside", "head"} and not fast.report.capture.notes
+        done = [one for one in fast.report.applied if one.rewrite == "lower-precision"]
+        assert [one.where for one in done] == ["inside", "head"]
+        for given_ in (x, *(one for (one,), _ in data)):
+            assert 0 < error_of(output_of(fast, (given_,)), model, (given_,)) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "rfft", "AvgPool3d"])
+def test_what_cannot_read_bfloat16_reads_float32(kind: str) -> None:
+    if kind == "AvgPool3d":
+        model: nn.Module = nn.Sequential(nn.Conv3d(2, 4, 3), nn.AvgPool3d(2), nn.Conv3d(4, 2, 1))
+        x = single(2, 2, 6, 6, 6)
+    elif kind == "LSTM":
+        layers = {"a": nn.Linear(8, 8), "lstm": nn.LSTM(8, 8, batch_first=True)}
+        model, x = Net(lambda net, x: net.lstm(net.a(x))[0], **layers), single(2, 5, 8)
+    else:
+        model, x = (
+            Net(lambda net, x: torch.fft.rfft(net.a(x)).abs(), a=nn.Linear(8, 8)),
+            single(2, 8),
+        )
+    lowered(ready(model), x)
 
 
 def test_nan_is_over_budget() -> None:

@@ -445,6 +445,13 @@ def test_channels_that_cannot_be_equalized(body: Any) -> None:
     assert equalized(capture(model, (x,)).graph, [[x]]) is None
 
 
+def test_pooling_over_the_channels_mixes_them() -> None:
+    layers = nn.Linear(16, 16), nn.ReLU(), nn.MaxPool1d(2), nn.Linear(8, 4)
+    model, x = ready(nn.Sequential(*layers)), single(2, 5, 16)
+    assert equalized(capture(model, (x,)).graph, [[x]]) is None
+    quantized(model, x)
+
+
 # -- data and budget ----------------------------------------------------------------------------------
 
 
@@ -484,6 +491,74 @@ def test_data_of_another_form() -> None:
         graphopt.optimize(
             nn.Linear(16, 16).eval(), (single(2, 16),), passes=[Quantize(force=True, data=bad)]
         )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (single(2, 16), r"data\[1\]: expected \(inputs, target\), found a Tensor"),
+        ((single(2, 16).double(), None), r"data\[1\]: input input_1: expected torch.float32 \[\?, 16\], "
+         r"found torch.float64 \[2, 16\]"),
+        ((single(2, 8), None), r"expected torch.float32 \[\?, 16\], found torch.float32 \[2, 8\]"),
+        ((single(16), None), r"expected torch.float32 \[\?, 16\], found torch.float32 \[16\]"),
+    ],
+)  # fmt: skip
+def test_data_that_the_model_does_not_take(bad: Any, message: str) -> None:
+    data = [((single(2, 16),), None), bad]
+    with pytest.raises(PassError, match=f"quantize: .*{message}"):
+        graphopt.optimize(
+            nn.Sequential(nn.Linear(16, 16)).eval(), (single(2, 16),),
+            passes=[Quantize(force=True, data=data)],
+        )  # fmt: skip
+
+
+def test_blank_example_inputs_say_nothing_about_ranges() -> None:
+    """Normal draws stand for them, which is said."""
+    model = ready(nn.Sequential(nn.Linear(16, 16)))
+    passes = ["deploy", Quantize(force=True)]
+    for x, drawn in ((torch.zeros(4, 16), True), (single(4, 16), False)):
+        said = record(graphopt.optimize(model, (x,), passes=passes)).reason
+        assert drawn == said.endswith(", on normal draws in place of blank example inputs")
+
+
+def test_one_row_without_a_batch() -> None:
+    model = ready(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    quantized(model, single(16))
+
+
+def test_data_without_rows_says_nothing() -> None:
+    model = ready(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    none = [((single(0, 16),), None)]
+    for data, applied in ((none, 0), ([*none, ((single(4, 16),), None)], 1)):
+        passes = ["deploy", Quantize(force=True, data=data)]
+        fast = graphopt.optimize(model, (single(4, 16),), passes=passes)
+        assert applied == sum(one.rewrite == "quantize" for one in fast.report.applied)
+
+
+def test_nan_in_one_batch_is_no_range() -> None:
+    """Whichever comes first."""
+    model, good = ready(nn.Sequential(nn.Linear(16, 16))), single(4, 16)
+    for batches in ((good, good / 0 * 0), (good / 0 * 0, good)):
+        data = [((one,), None) for one in batches]
+        fast = graphopt.optimize(
+            model, (good,), passes=["deploy", Quantize(force=True, budget=9, data=data)]
+        )
+        assert "what it reads is not finite on the data" in refusal(fast)
+
+
+def test_what_is_added_is_not_finite() -> None:
+    """Then only the map is integers."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        return net.c((net.b(x) + F.relu(net.a(x))).clamp(max=6.0))
+
+    model = ready(Net(body, **{name: nn.Conv2d(3, 3, 1) for name in "abc"}))
+    with torch.no_grad():
+        model.a.weight.fill_(3e38)
+        model.a.bias.zero_()
+    x = tensor(2, 3, 6, 6, dtype=torch.float32).abs() + 1
+    fast = graphopt.optimize(model, (x,), passes="canonicalize,quantize{force=true,budget=9}")
+    assert record(fast).error < 9 and output_of(fast, (x,)).isfinite().all()
 
 
 def test_values_that_are_not_finite_are_no_range() -> None:
@@ -539,6 +614,44 @@ def test_maps_that_are_kept() -> None:
         == both.state_dict()["fc.weight"].dtype
         == torch.float32
     )
+
+
+def test_what_is_kept_by_a_name_that_was_merged_into_another() -> None:
+    layers = {name: nn.Linear(16, 16) for name in "qkv"}
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(net.q(x), net.k(x), net.v(x))
+
+    model, x = ready(Net(body, **layers, o=nn.Linear(16, 16))), single(2, 5, 16)
+    model.body = lambda net, x: net.o(body(net, x))
+    for name in "qkv":
+        fast = graphopt.optimize(
+            model, (x,), passes=f"deploy,quantize{{force=true,keep={name}.*;{name}}}"
+        )
+        assert f"it is kept by '{name}'" in refusals(fast) and "1 of 2 maps" in record(fast).reason
+
+
+def test_a_pattern_that_keeps_nothing_is_said() -> None:
+    model, x = ready(Residual()), single(2, 3, 12, 12)
+    fast = quantized(model, x, passes="deploy,quantize{force=true,keep=stme}")
+    assert " maps, none is called 'stme'; " in record(fast).reason
+
+
+@pytest.mark.parametrize(
+    "move", [lambda y: y.flatten(1), lambda y: y.permute(0, 2, 3, 1) + 1, lambda y: y]
+)
+def test_what_others_read_of_a_rounded_value_is_not_rounded(move: Any) -> None:
+    """Behind data movement too: here the rounded map `b` has no part in the second output."""
+
+    def body(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(net.a(x))
+        return net.b(y), move(y)
+
+    model = ready(Net(body, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 8, 3))).eval()
+    x = single(2, 3, 10, 10)
+    fast = graphopt.optimize(model, (x,), passes="canonicalize,quantize{force=true,keep=a}")
+    assert record(fast) and fast(x)[1].equal(model(x)[1])
+    assert not fast(x)[0].equal(model(x)[0])
 
 
 # -- what stays ---------------------------------------------------------------------------------------

@@ -188,6 +188,10 @@ class MaxPool(Op):
     def build(self) -> tuple[Any, dict[str, Any]]:
         return self.call(overload(f"max_pool{len(self.kernel_size)}d.default"))
 
+    @property
+    def rank(self) -> int:
+        return len(self.kernel_size)
+
     def magnitude(self, value: Any, magnitude: Any, run: Any) -> Any:
         return run(magnitude)
 

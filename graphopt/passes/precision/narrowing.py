@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, partial
 
 import torch
@@ -78,9 +78,15 @@ def _wide(node: fx.Node) -> bool:
 
 
 class Narrowing:
-    """One walk over a copy of a graph, in its order."""
+    """One walk over a copy of a graph, in its order.
 
-    def __init__(self, source: Graph, dtype: torch.dtype, residual: str, embeddings: bool) -> None:
+    `huge` are values of `source` that are finite, but not in `dtype`.
+    """
+
+    def __init__(
+        self, source: Graph, dtype: torch.dtype, residual: str, embeddings: bool,
+        huge: Collection[fx.Node] = (),
+    ) -> None:  # fmt: skip
         self.source, self.dtype = source, dtype
         self.graph = source.clone()
         self.aliases = dict(self.graph.aliases)
@@ -93,7 +99,7 @@ class Narrowing:
         self._cast: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._stored: dict[fx.Node, fx.Node] = {}
         self._names: list[tuple[str, str]] = []
-        self._huge: set[fx.Node] = set()
+        self._huge = {node for node, origin in self.origin.items() if origin in huge}
 
     @property
     def casts(self) -> int:
@@ -139,6 +145,8 @@ class Narrowing:
         if not _may_follow(node, op) or node in self._huge:
             return False
         if isinstance(op, ops.BatchNorm) and op.uses_batch_statistics:
+            return False
+        if isinstance(op, ops.AvgPool) and op.rank == 3:  # of which the CPU has no kernel
             return False
         if isinstance(op, _NORMS) and not all(map(self.graph.is_constant, _named(node, _OWN))):
             return False
@@ -243,7 +251,7 @@ class Narrowing:
             node.args, node.kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda one: instead.get(one, one)
             )
-        if instead or any(map(self._narrow, node.all_input_nodes)):
+        if any(map(self._narrow, node.all_input_nodes)):
             self._infer(node)
 
     def _infer(self, node: fx.Node) -> None:

@@ -169,15 +169,46 @@ def batches(
     """
     if not data:
         raise EvidenceError(f"{needed_by} needs data: a sequence of (inputs, target)")
+    for number, pair in enumerate(data):
+        if reason := misfit(graph, pair):
+            raise EvidenceError(f"data[{number}]: {reason}")
+        inputs, target = pair
+        yield _flat(inputs)[0], target
+
+
+def misfit(graph: Graph, pair: Any) -> str:
+    """Why a batch is none of the model, as (inputs, target); empty if it is."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return f"expected (inputs, target), found a {type(pair).__name__}"
+    leaves, spec = _flat(pair[0])
     expected = graph.signature.in_spec
-    for number, (inputs, target) in enumerate(data):
-        args, kwargs = as_call(inputs, None)
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs or {})))
-        if spec != expected:
-            raise EvidenceError(
-                f"data[{number}]: expected inputs of the form {expected}, found {spec}"
-            )
-        yield leaves, target
+    if spec != expected:
+        return f"expected inputs of the form {expected}, found {spec}"
+    for node, leaf in zip(graph.inputs, leaves, strict=True):
+        if reason := _mistyped(node.meta.get("val"), leaf):
+            return f"input {node.name}: {reason}"
+    return ""
+
+
+def _flat(inputs: Any) -> tuple[list[Any], Any]:
+    args, kwargs = as_call(inputs, None)
+    return pytree.tree_flatten((args, dict(kwargs or {})))
+
+
+def _mistyped(known: Any, found: Any) -> str:
+    """Why `found` cannot be given where a graph was traced with `known`; empty if it can."""
+    if not isinstance(known, Tensor):
+        return ""
+    if not isinstance(found, Tensor):
+        return f"expected a tensor, found {found!r:.40}"
+    sizes = [str(one) if isinstance(one, int) else "?" for one in known.shape]
+    fits = found.ndim == known.ndim and all(
+        size in ("?", str(other)) for size, other in zip(sizes, found.shape, strict=True)
+    )
+    if fits and found.dtype == known.dtype:
+        return ""
+    return (f"expected {known.dtype} [{', '.join(sizes)}], "
+            f"found {found.dtype} {list(found.shape)}")  # fmt: skip
 
 
 class _Seen(Interpreter):

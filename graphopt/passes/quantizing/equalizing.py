@@ -28,8 +28,9 @@ from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph, State
 from graphopt.ir.interpret import Interpreter
 from graphopt.ir.ops.activation import Activation
+from graphopt.passes.precision.measured import copies
 
-POOLS = (ops.MaxPool, ops.AvgPool, ops.AdaptiveAvgPool, ops.Dropout)
+POOLS = (ops.MaxPool, ops.AvgPool, ops.AdaptiveAvgPool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,13 @@ def equalized(graph: Graph, data: Sequence[Sequence[Any]]) -> Graph | None:
     seen = _Largest(graph, pairs)
     for inputs in data:
         with torch.no_grad():
-            seen.run([one.clone() if isinstance(one, Tensor) else one for one in inputs])
+            seen.run(copies(inputs))
     result = graph.clone()
-    for pair in pairs:
+    for pair, largest in seen.found.items():
         first, second = _view(graph, pair.first), _view(graph, pair.second)
         weight = _stored(graph, second.weight.node)
         groups = second.groups if isinstance(second, ops.Conv) else 1
-        factors = factors_of(seen.found[pair], weight.tensor, groups)
+        factors = factors_of(largest, weight.tensor, groups)
         _scale(result, first.weight.node, partial(_rows, 1 / factors))
         if first.bias is not None:
             _scale(result, first.bias.node, partial(_rows, 1 / factors))
@@ -82,7 +83,8 @@ def pairs_of(graph: Graph) -> list[Pair]:
         if not _fits(graph, op):
             continue
         between = value = op.input.node
-        while len(value.users) == 1 and _passes(graph, value):
+        axis = 1 if isinstance(op, ops.Conv) else op.input.ndim - 1
+        while len(value.users) == 1 and _passes(graph, value, axis):
             value = value.all_input_nodes[0]
         first = _view(graph, value)
         same = type(first) is type(op) and _fits(graph, first) and len(value.users) == 1
@@ -91,10 +93,14 @@ def pairs_of(graph: Graph) -> list[Pair]:
     return found
 
 
-def _passes(graph: Graph, node: fx.Node) -> bool:
+def _passes(graph: Graph, node: fx.Node, channel: int) -> bool:
+    """Whether a scale of each entry of an axis goes through."""
     op = _view(graph, node)
-    homogeneous = isinstance(op, Activation) and op.positively_homogeneous
-    return len(node.all_input_nodes) == 1 and (homogeneous or isinstance(op, POOLS))
+    if len(node.all_input_nodes) != 1:
+        return False
+    if isinstance(op, POOLS):
+        return op.input.ndim - op.rank > channel
+    return isinstance(op, ops.Dropout) or (isinstance(op, Activation) and op.positively_homogeneous)
 
 
 def _fits(graph: Graph, op: Any) -> bool:
@@ -156,8 +162,8 @@ class _Largest(Interpreter):
         pair = self.at.get(node)
         if pair is not None and value.numel():
             axis = 1 if isinstance(_view(self.graph, pair.second), ops.Conv) else value.ndim - 1
-            others = [one for one in range(value.ndim) if one != axis]
-            largest = value.detach().double().abs().amax(others)
+            channels = value.detach().double().abs().movedim(axis, -1)
+            largest = channels.reshape(-1, channels.shape[-1]).amax(0)
             before = self.found.get(pair)
             self.found[pair] = largest if before is None else torch.maximum(before, largest)
         return value

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpret import Interpreter
+from graphopt.passes.precision.measured import Watching, copies
 from graphopt.passes.quantizing.scales import Affine, fitted
 
 SAMPLE = 1 << 17  # values of one tensor that its integers are fitted to, besides the extremes
@@ -30,7 +31,8 @@ class Noise:
     second: Tensor | None = None  # of its square
 
     def add(self, found: Tensor, truth: Tensor) -> None:
-        away = (found - truth).double().movedim(self.channel, -1).flatten(0, -2)
+        away = (found - truth).double().movedim(self.channel, -1)
+        away = away.reshape(-1, away.shape[-1])
         self.rows += len(away)
         first, second = away.sum(0), away.square().sum(0)
         self.first = first if self.first is None else self.first + first
@@ -49,54 +51,38 @@ class Noise:
         return mean * (1 - spread / mean.square().clamp(min=1e-300)).clamp(min=0)
 
 
-@torch.no_grad()
 def ranges(
     graph: Graph, values: Collection[fx.Node], data: Sequence[Sequence[Any]]
 ) -> dict[fx.Node, Affine]:
     """The integers for each of `values`; those that are not finite are left out."""
     seen = _Ranges(graph, set(values), max(1, SAMPLE // max(1, len(data))))
     for inputs in data:
-        seen.run(_copies(inputs))
+        seen.run(inputs)
     found = {}
-    for node, (low, high) in seen.ends.items():
-        if low > -float("inf") and high < float("inf") and low == low and high == high:
+    for node, ends in seen.ends.items():
+        if bool(ends.isfinite().all()):
+            low, high = ends.tolist()
             found[node] = fitted(torch.cat(seen.samples[node]), low, high)
     return found
 
 
-class _Ranges(Interpreter):
+class _Ranges(Watching):
     def __init__(self, graph: Graph, values: set[fx.Node], size: int) -> None:
-        super().__init__(graph, writes=False)
+        super().__init__(graph)
         self.values, self.size = values, size
-        self.ends: dict[fx.Node, tuple[float, float]] = {}
+        self.ends: dict[fx.Node, Tensor] = {}
         self.samples: dict[fx.Node, list[Tensor]] = {}
 
     def see(self, node: fx.Node, value: Tensor) -> None:
         if node not in self.values or not value.numel():
             return
         flat = value.detach().flatten()
-        low, high = (float(one) for one in flat.aminmax())
-        if node in self.ends:
-            before = self.ends[node]
-            low, high = min(low, before[0]), max(high, before[1])
-        self.ends[node] = low, high
+        ends = torch.stack(flat.aminmax())
+        before = self.ends.get(node, ends)
+        self.ends[node] = torch.stack(torch.cat([ends, before]).aminmax())  # NaN, if one is
         # An odd step does not keep to one column of a matrix.
         step = max(1, -(-flat.numel() // self.size) | 1)
-        ends = flat.new_tensor([low, high])
         self.samples.setdefault(node, []).extend((flat[::step].clone(), ends))
-
-    def run(self, inputs: Sequence[Any], seed: int | None = 0) -> tuple[Any, ...]:
-        if seed is not None:
-            for node, value in zip(self.graph.inputs, inputs, strict=False):
-                if isinstance(value, Tensor):
-                    self.see(node, value)
-        return super().run(inputs, seed)
-
-    def call(self, node: fx.Node, env: Any) -> Any:
-        value = super().call(node, env)
-        if isinstance(value, Tensor):
-            self.see(node, value)
-        return value
 
 
 @torch.no_grad()
@@ -108,7 +94,7 @@ def noise(
     of that, and the axis of its output channels."""
     seen = _Noise(graph, maps)
     for inputs in data:
-        seen.run(_copies(inputs))
+        seen.run(copies(inputs))
     return seen.found
 
 
@@ -128,7 +114,3 @@ class _Noise(Interpreter):
             given = {one: instead.get(one, env[one]) for one in node.all_input_nodes}
             self.found[node].add(super().call(node, given), value)
         return value
-
-
-def _copies(inputs: Sequence[Any]) -> list[Any]:
-    return [one.clone() if isinstance(one, Tensor) else one for one in inputs]

@@ -123,8 +123,21 @@ class Places:
             return self.source(user) is value
         if self.map_behind(self.root(value)) is None:
             return False
-        op = self.view(user)
-        return isinstance(op, MOVING) or (isinstance(op, ops.Add) and self.sides(user) is not None)
+        if isinstance(self.view(user), ops.Add):
+            return self.sides(user) is not None and self._written(user)
+        return self._leads(user)
+
+    def _written(self, total: fx.Node) -> bool:
+        """Whether a sum, or an activation of it, becomes integers."""
+        return total in self.values or any(
+            one in self.values and isinstance(self.view(one), ACTIVATIONS) for one in total.users
+        )
+
+    def _leads(self, user: fx.Node) -> bool:
+        """Whether data movement ends in what becomes integers."""
+        if not isinstance(self.view(user), MOVING):
+            return False
+        return user in self.values or any(map(self._leads, user.users))
 
 
 def candidates(graph: Graph, slow: bool) -> tuple[list[fx.Node], dict[fx.Node, str]]:

@@ -60,9 +60,10 @@ class Rewriting:
         twin, readers = self.twin[value], [
             one for one in value.users if self.places.reads_integers(one, value)
         ]  # fmt: skip
-        if not readers:
+        # Behind movement the same ones as in front of it, so that nothing is rounded twice.
+        by = self.integers.get(self.places.root(value))
+        if by is None or not readers:
             return
-        by = self._integers(value)
         behind = twin.next
         while behind.op in ("placeholder", "get_attr"):
             behind = behind.next
@@ -75,10 +76,6 @@ class Rewriting:
             one.meta.pop("made_by", None)
         for user in readers:
             self.twin[user].replace_input_with(twin, real.node)
-
-    def _integers(self, value: fx.Node) -> Affine:
-        """Behind movement the same ones as in front of it, so that nothing is rounded twice."""
-        return self.integers[self.places.root(value)]
 
     def _map(self, node: fx.Node) -> None:
         twin = self.twin[node]
