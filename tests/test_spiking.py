@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from benchmarks.digits import Digits
 from benchmarks.spiking.libraries import SPIKES, Snn, jelly_vgg, mpbn
 from benchmarks.spiking.nets import Neuron, Recorded, Style, vgg
-from benchmarks.spiking.train import Digits, accuracy, digits, encode, mix_signs, train
+from benchmarks.spiking.train import accuracy, encode, mix_signs, train, upsampled
 from graphopt.ir.source import copy_module
 from tests.helpers import assert_equal, norms_left
 
@@ -31,7 +32,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(scope="module")
 def data() -> Digits:
-    return digits(8)
+    return upsampled(8)
 
 
 def calibrated(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
@@ -61,7 +62,7 @@ def spikes_differ(source: nn.Module, fast: Any, x: Tensor) -> int:
 @pytest.mark.parametrize("name", NETS)
 def test_spikes_of_all_layers_are_those_of_the_source(name: str, data: Digits) -> None:
     """In float64, for a batch of another size than the example's, with scales of both signs and zeros."""
-    x = digits(16 if name == "snnTorch" else 8).test_x[:40].double()
+    x = upsampled(16 if name == "snnTorch" else 8).test_x[:40].double()
     source = Recorded(mix_signs(calibrated(NETS[name], x), size=2.0), (Neuron, *SPIKES))
     fast = graphopt.optimize(source, (x[:3],))
     assert fast.report.rolled_back == [] and norms_left(fast) == 0
@@ -89,7 +90,7 @@ def test_spikes_as_input(data: Digits) -> None:
 def test_a_state_that_the_norm_overwrites_needs_the_norm(reset: str) -> None:
     """SpikingJelly's MPBN neuron: no threshold replaces its norm where the next step reads what it made."""
     node = "mpbn" if reset == "hard" else "soft mpbn"
-    x = digits(8).test_x[:20].double()
+    x = upsampled(8).test_x[:20].double()
     model = calibrated(lambda: jelly_vgg(node, "m", STEPS, 8, (6, 0)), x)
     source = Recorded(mix_signs(model), SPIKES)
     fast = graphopt.optimize(source, (x[:3],))
@@ -111,7 +112,7 @@ def test_a_state_that_the_norm_overwrites_needs_the_norm(reset: str) -> None:
 @pytest.mark.parametrize("node", ["if", "soft mpbn"])
 def test_step_by_step_every_neuron_is_one_loop(node: str) -> None:
     """With the same image at every step, which tells no steps to the first neuron."""
-    x = digits(8).test_x[:20].double()
+    x = upsampled(8).test_x[:20].double()
     model = mix_signs(calibrated(lambda: jelly_vgg(node, "s", 4, 8, (6, 0, 8)), x))
     fast = graphopt.optimize(model, (x[:3],))
     scans = [one for one in fast.graph_module.graph.nodes if "scan" in str(one.target)]
@@ -126,13 +127,13 @@ def test_a_net_that_was_just_trained(hidden: bool, reset: str) -> None:
     """Its states are results of the last batch, which is as large as the example here."""
     torch.manual_seed(0)
     model = Snn("leaky", 4, 12, hidden=hidden, reset=reset)
-    x = digits(12).test_x[:5]
+    x = upsampled(12).test_x[:5]
     model.train()(x).sum().backward()
     model.double().eval()
     fast = graphopt.optimize(model, (x.double(),))
     assert fast.report.capture.notes == [] and fast.report.rolled_back == []
     for rows in (3, 5, 9):
-        x = digits(12).test_x[:rows].double()
+        x = upsampled(12).test_x[:rows].double()
         assert torch.equal(fast(x), copy_module(model)(x))
     live = graphopt.streaming(fast)
     total = sum(live(x) for _ in range(4))

@@ -208,9 +208,11 @@ def test_integers_are_fitted_to_the_data(tmp_path, monkeypatch):
 
 
 def test_a_precision_that_is_not_reached(tmp_path, monkeypatch):
-    from graphopt.passes.quantize import Quantize
+    from graphopt.passes import quantize
 
-    monkeypatch.setattr(Quantize, "_unfit", lambda *_: "this processor has no such instructions")
+    monkeypatch.setattr(
+        quantize, "unsupported", lambda _: "this processor has no such instructions"
+    )
     said = refused(4, configured(tmp_path, target='precision = "int8"'))
     assert "nothing is computed in int8: " in said and "no such instructions" in said
 
