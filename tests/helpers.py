@@ -206,6 +206,19 @@ class Lambda(nn.Module):
         return self.function(*args)
 
 
+class Spike(torch.autograd.Function):
+    """Whether a value is positive, with the gradient of a smooth step."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / (1 + ctx.saved_tensors[0].abs()) ** 2
+
+
 class Net(nn.Module):
     """`body(net, *inputs)` over named submodules: a model in one expression."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graphopt import dynamo
-from tests.helpers import Net, randomize_norms
+from tests.helpers import Net, Spike, randomize_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 1e-5
@@ -309,23 +309,11 @@ def test_numbers_that_are_passed_as_tensors(caplog):
     assert "a number that it gets keeps changing" in caplog.text
 
 
-class Surrogate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return gradient / (1 + x.abs()) ** 2
-
-
 def test_a_gradient_of_its_own_is_kept(caplog):
     """A spike with a surrogate gradient: optimized where no gradient is asked for, else left."""
     caplog.set_level(logging.WARNING)
     layers = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
-    model, x = Net(lambda net, x: net.l.b(Surrogate.apply(net.l.a(x))), l=layers), torch.randn(4, 8)
+    model, x = Net(lambda net, x: net.l.b(Spike.apply(net.l.a(x))), l=layers), torch.randn(4, 8)
     fast, twin = torch.compile(model, backend="graphopt"), copy.deepcopy(model)
     with torch.no_grad():
         assert torch.allclose(fast(x), model(x), atol=LIMIT) and not caplog.text

@@ -18,7 +18,7 @@ import graphopt
 from graphopt import ExportError, export
 from graphopt.backends import inductor, onnxruntime, openvino
 from graphopt.ir.recurrence.operator import SCAN
-from tests.helpers import Counting, Net, relative_error
+from tests.helpers import Counting, Net, Spike, relative_error
 
 pytestmark = pytest.mark.skipif(
     bool(openvino.missing() or onnxruntime.missing()),
@@ -293,21 +293,10 @@ def test_states_are_kept_by_the_format_that_has_them(tmp_path):
     assert torch.equal(fast.calls, torch.zeros(1))
 
 
-class Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient / (1 + ctx.saved_tensors[0].abs())
-
-
 @pytest.mark.parametrize("name", ["onnx", "pt2"])
 def test_a_model_that_trains(name, tmp_path):
     """Its custom gradients are not in the file."""
-    model = Net(lambda net, x: Step.apply(net.l(x)), l=nn.Linear(3, 2))
+    model = Net(lambda net, x: Spike.apply(net.l(x)), l=nn.Linear(3, 2))
     fast = graphopt.optimize(model.eval(), (torch.randn(2, 3),), mode="tune")
     assert export(fast, tmp_path / FILES[name]).error == 0
 
