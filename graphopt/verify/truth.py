@@ -69,6 +69,8 @@ class Truth:
     def judge(self, found: Sequence[Any]) -> tuple[float, float]:
         """The error of other outputs, and how large it may be: of the output that is nearest to its limit, or
         beyond it."""
+        if len(found) != len(self.outputs):
+            return math.inf, 0.0
         judged = [self._judge(index, one) for index, one in enumerate(found)]
         return max(judged, key=_share, default=(0.0, 0.0))
 
@@ -95,9 +97,9 @@ class Truth:
 def _share(judged: tuple[float, float]) -> float:
     """Of its limit, of an error."""
     error, limit = judged
-    if error == 0 or math.isnan(error):
-        return 0.0 if error == 0 else math.inf
-    return error / limit if limit > 0 else math.inf
+    if not error <= limit:
+        return math.inf
+    return error / limit if 0 < limit < math.inf else 0.0
 
 
 class _Perturbed(Interpreter):
