@@ -190,12 +190,19 @@ def _name_outputs(graph: Any, names: list[str]) -> list[str]:
     """Give the outputs of an `onnx_ir.Graph` their names, in which all values share one space: what is only
     computed makes room, an input or a weight does not."""
     taken = {one.name for one in graph.inputs} | set(graph.initializers)
-    found = [_OUT(name) if name in taken else name for name in names]
+    found: list[str] = []
+    for name in names:
+        while name in taken:
+            name = _OUT(name)
+        taken.add(name)
+        found.append(name)
     ends = {id(one) for one in graph.outputs}
     inside = [value for node in graph for value in node.outputs if id(value) not in ends]
     for value in inside:
         if value.name in found:
-            value.name = f"{value.name}_inside"
+            while value.name in taken:
+                value.name = f"{value.name}_inside"
+            taken.add(value.name)
     for value, name in zip(graph.outputs, found, strict=True):
         value.name = name
     return found

@@ -318,11 +318,13 @@ def test_outputs_with_the_names_of_other_values(tmp_path):
                 "sigmoid": a,
                 "linear": y.tanh(),
                 "linear.weight": y + 1,
+                "x_out": y + 2,
             }
 
     model, x = Named().eval(), torch.randn(3, 8)
     written = graphopt.optimize(model, (x,)).export(tmp_path / "named.onnx")
-    assert written.outputs == ("x_out", "relu", "sigmoid", "linear", "linear.weight_out")
+    names = "x_out", "relu", "sigmoid", "linear", "linear.weight_out", "x_out_out"
+    assert written.outputs == names
     session = onnxruntime.session(written.path, 1)
     found = session.run(list(written.outputs), {"x": x.numpy()})
     for one, expected in zip(found, model(x).values(), strict=True):

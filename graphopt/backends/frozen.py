@@ -94,10 +94,10 @@ class Frozen:
                     raise
                 log.warning("running the graph itself, for its program fails: %s", failure)
                 program = Itself(self.module, leaves)
-            if (
-                before.unchanged()
-            ):  # or it is made of what another thread has written over meanwhile
+            if before.unchanged():
                 break
+        else:  # another thread keeps writing over what it is made of: good for this call at most
+            return program
         self._works = True
         del self.programs[: len(self.programs) - PROGRAMS + 1]
         self.programs.append(program)

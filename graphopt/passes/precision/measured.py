@@ -98,8 +98,8 @@ class Watching(Interpreter):
 
     @torch.no_grad()
     def run(self, inputs: Sequence[Any], seed: int | None = 0) -> tuple[Any, ...]:
-        inputs = copies(inputs)
         if seed is not None:
+            inputs = copies(inputs)
             for node, value in zip(self.graph.inputs, inputs, strict=False):
                 if isinstance(value, Tensor):
                     self.see(node, value)
